@@ -1,0 +1,1 @@
+"""FS-DINO: few-shot segmentation with a frozen encoder and a light, prompted segmenter (tensors only)."""

@@ -1,0 +1,67 @@
+"""Episodes: one query, K supports and a class, drawn from (seed, fold, index) alone.
+
+No episode depends on the number of workers or on the episodes before it, so a run resumes, shards over workers and
+repeats exactly.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fsdino.errors import UserError
+
+TRAIN, TEST = 0, 1
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Image ids; `views` holds the query's view, then those of the supports."""
+
+    class_id: int
+    query: str
+    supports: tuple[str, ...]
+    views: tuple[int, ...]
+
+
+class EpisodeSampler:
+    """Episodes over images that are each annotated with the classes that count in them.
+
+    Test episodes go through the query images in order and draw the class among those in the image, as PFENet does.
+    Training draws the query uniformly and every image's view too. Supports are distinct and never the query.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[str, list[int]],
+        *,
+        shots: int,
+        fold: int,
+        seed: int,
+        training: bool,
+        num_views: int = 1,
+    ):
+        self.images = sorted(images)
+        self.by_class: dict[int, list[str]] = {}
+        for image_id in self.images:
+            for class_id in images[image_id]:
+                self.by_class.setdefault(class_id, []).append(image_id)
+        short = [c for c, members in self.by_class.items() if len(members) <= shots]
+        if short or not self.images:
+            counts = {c: len(self.by_class[c]) for c in sorted(short)} or "no image at all"
+            raise UserError(
+                f"fold {fold}: expected at least {shots + 1} images of every class for {shots}-shot episodes, "
+                f"got {counts}; use fewer shots or more images"
+            )
+        self.classes = {image_id: sorted(images[image_id]) for image_id in self.images}
+        self.shots, self.fold, self.seed, self.training, self.num_views = shots, fold, seed, training, num_views
+
+    def episode(self, index: int) -> Episode:
+        """The episode of that index."""
+        rng = np.random.default_rng([self.seed, self.fold, TRAIN if self.training else TEST, index])
+        query = self.images[rng.integers(len(self.images)) if self.training else index % len(self.images)]
+        class_id = self.classes[query][rng.integers(len(self.classes[query]))]
+        others = [image_id for image_id in self.by_class[class_id] if image_id != query]
+        supports = tuple(others[i] for i in rng.choice(len(others), self.shots, replace=False))
+        views = tuple(int(v) for v in rng.integers(self.num_views, size=1 + self.shots))
+        return Episode(class_id=class_id, query=query, supports=supports, views=views)

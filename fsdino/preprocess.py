@@ -1,0 +1,73 @@
+"""From files to square tensors and back: the only place where pixels are decoded or resized."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fsdino.errors import UserError
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The photograph at `path` as RGB, turned as its EXIF says (as cv2.imread, which the benchmarks use, does).
+
+    Raises UserError if the file is missing or is no readable image.
+    """
+    image = _open(path)
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_label(path: str | Path) -> UInt8[np.ndarray, "h w"]:
+    """A label PNG as class numbers; a palette image gives its indices. 255 is void.
+
+    Raises UserError if the file is missing, unreadable, or has colour channels.
+    """
+    image = _open(path)
+    if image.mode not in ("P", "L", "1"):
+        raise UserError(f"{path}: expected a label image of one channel, got mode {image.mode}; save it as greyscale")
+    return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
+
+
+def read_mask(path: str | Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
+    """A support mask: every non-zero pixel is the object. `size` is the photograph's (width, height).
+
+    Raises UserError if its size differs from the photograph's, or if no pixel is set.
+    """
+    image = ImageOps.exif_transpose(_open(path))
+    if image.size != size:
+        raise UserError(
+            f"{path}: expected a mask of the photograph's size {size[0]}x{size[1]}, "
+            f"got {image.size[0]}x{image.size[1]}; draw the mask on that photograph"
+        )
+    # A palette's colours are names, not values: index 0 is the background whatever its colour.
+    mask = np.array(image if image.mode in ("P", "L") else image.convert("L")) > 0
+    if not mask.any():
+        raise UserError(f"{path}: expected at least one foreground pixel, got none; mark the object with a value above 0")
+    return mask.astype(np.uint8)
+
+
+def resize_square(image: Image.Image, res_px: int) -> UInt8[np.ndarray, "r r 3"]:
+    """The whole image stretched to a square, bilinear with antialiasing."""
+    return np.asarray(image.resize((res_px, res_px), Image.Resampling.BILINEAR))
+
+
+def to_input(
+    pixels: UInt8[np.ndarray, "b r r 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Tensor, "b 3 r r"]:
+    """Pixels 0-255 to a network's input: scaled to [0, 1], then normalised by its own `mean` and `std`."""
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected an image file, found nothing there; check the path") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: expected a readable image, got: {error}; convert it to JPEG or PNG") from None
+    return image

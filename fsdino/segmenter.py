@@ -1,0 +1,150 @@
+"""The light segmenter of Fig. 3: adapter, prompts, correlation and decoder behind two calls.
+
+`encode_support` turns K annotated images into a small bundle; `segment` finds that class in any query.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fsdino import paper
+from fsdino.adapter import BottleneckAdapter
+from fsdino.correlation import CorrelationPrior
+from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
+from fsdino.errors import UserError
+from fsdino.prompts import SemanticVisualPrompt, mask_to_grid, masked_mean, prototype_similarity
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """The shape of a segmenter; two equal configs have interchangeable weights."""
+
+    early_channels: int
+    late_channels: int
+    grid: int
+    """Side of the feature grid, in positions."""
+    embedding_channels: int = paper.EMBEDDING_CHANNELS
+    variant: Literal["compact", "4d"] = "4d"
+    """compact: the similarity map prompts the decoder. 4d: the prior mask of the 4D correlation does."""
+    semantic_prompt: bool = True
+    """SVP as the sparse prompt; off means SAM's empty one (Table 4, first row)."""
+    sam_extras: bool = True
+    """Keep SAM's IoU head and three further mask tokens (needed to reproduce SAM's checkpoint)."""
+
+
+class SupportEncoding(NamedTuple):
+    """A class, registered: all that its supports tell, averaged over shots."""
+
+    prototype: Float[Tensor, "b c"]
+    prompt: Float[Tensor, "b t e"]
+    kernel: Float[Tensor, "b k c"] | None
+
+
+class Prediction(NamedTuple):
+    """Logits at 4 times the grid. The prior is None in the compact variant, which has nothing to supervise there."""
+
+    prior_logits: Float[Tensor, "b 1 m m"] | None
+    mask_logits: Float[Tensor, "b 1 m m"]
+
+
+class Segmenter(nn.Module):
+    """Adapter (frozen after distillation), meta-visual prompts and SAM's decoder."""
+
+    def __init__(self, config: SegmenterConfig):
+        super().__init__()
+        self.config = config
+        width = config.embedding_channels
+        self.adapter = BottleneckAdapter(config.early_channels, width).requires_grad_(False)
+        self.prompt = SemanticVisualPrompt(config.late_channels, width) if config.semantic_prompt else None
+        self.correlation = CorrelationPrior(config.grid) if config.variant == "4d" else None
+        self.similarity_scale = (
+            nn.Parameter(torch.tensor(paper.SIMILARITY_SCALE)) if config.variant == "compact" else None
+        )
+        self.mask_downscaling = mask_downscaling(width)
+        self.encoding = PositionalEncoding(width)
+        self.decoder = MaskDecoder(width, sam_extras=config.sam_extras)
+
+    def embed(self, early: Float[Tensor, "b c g g"]) -> Float[Tensor, "b e g g"]:
+        """The stand-in for SAM's image embedding; training reads it baked from the feature store."""
+        return self.adapter(early)
+
+    def encode_support(
+        self, late: Float[Tensor, "b k c g g"], masks: Float[Tensor, "b k h w"]
+    ) -> SupportEncoding:
+        """Encode K shots of B classes. `masks` are 0/1 at any size; each needs at least one set pixel.
+
+        Every part is the mean over shots of single-shot encodings, so K copies of one support equal one.
+        """
+        batch, shots = late.shape[:2]
+        flat = late.flatten(0, 1)
+        weights = mask_to_grid(masks.flatten(0, 1).to(flat.dtype), late.shape[-1])
+
+        def mean_over_shots(x: Tensor) -> Tensor:
+            return x.unflatten(0, (batch, shots)).mean(1)
+
+        if self.prompt is None:
+            prompt = flat.new_zeros(batch, 0, self.config.embedding_channels)
+        else:
+            prompt = mean_over_shots(self.prompt(flat, weights))
+        return SupportEncoding(
+            prototype=mean_over_shots(masked_mean(flat, weights)),
+            prompt=prompt,
+            kernel=None if self.correlation is None else mean_over_shots(self.correlation.kernel(flat, weights)),
+        )
+
+    def segment(
+        self, late: Float[Tensor, "b c g g"], embedding: Float[Tensor, "b e g g"], support: SupportEncoding
+    ) -> Prediction:
+        """Find each support's class in its query; logits above 0 are the class."""
+        similarity = prototype_similarity(support.prototype, late)
+        if self.correlation is None:
+            prior = None
+            assert self.similarity_scale is not None
+            dense_logits = F.interpolate(
+                self.similarity_scale * similarity, scale_factor=paper.PRIOR_UPSCALE, mode="bilinear", align_corners=False
+            )
+        else:
+            assert support.kernel is not None
+            prior = dense_logits = self.correlation(support.kernel, late, similarity)
+        dense = self.mask_downscaling(dense_logits)
+        mask = self.decoder(embedding, self.encoding(late.shape[-1]), support.prompt, dense)
+        return Prediction(prior_logits=prior, mask_logits=mask)
+
+    def save(self, folder: str | Path, **origin) -> None:
+        """Write `segmenter.safetensors` and `segmenter.json` (config, plus `origin`: JSON about where it comes from)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "segmenter.safetensors")
+        record = {"format_version": FORMAT_VERSION, "config": asdict(self.config), **origin}
+        (folder / "segmenter.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> tuple["Segmenter", dict]:
+        """The saved segmenter in eval mode, and its JSON record.
+
+        Raises UserError if the folder is no checkpoint or is of another format version.
+        """
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / "segmenter.json").read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{folder}: expected a checkpoint with segmenter.json, found none; train_episodic writes one"
+            ) from None
+        if record.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{folder}/segmenter.json: expected format version {FORMAT_VERSION}, got "
+                f"{record.get('format_version')}; load it with the release that wrote it"
+            )
+        model = cls(SegmenterConfig(**record["config"]))
+        model.load_state_dict(load_file(folder / "segmenter.safetensors"))
+        return model.eval(), record
