@@ -1,10 +1,13 @@
 """The bottleneck adapter (Sec. 3.3.1): turns early encoder features into SAM-like image embeddings."""
 
+from pathlib import Path
+from typing import Any
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fsdino import paper
+from fsdino import checkpoint, paper
 
 
 class BottleneckAdapter(nn.Module):
@@ -36,3 +39,16 @@ class BottleneckAdapter(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return self.widen(tokens.transpose(1, 2).unflatten(2, grid))
+
+    def save(self, folder: str | Path, **origin: Any) -> None:
+        """Write `adapter.safetensors` and `adapter.json`: its channels, and `origin` (JSON about where it comes from)."""
+        channels = {"in_channels": self.reduce.in_channels, "out_channels": self.widen.out_channels}
+        checkpoint.save(folder, "adapter", self.state_dict(), {"config": channels, **origin})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> tuple["BottleneckAdapter", dict]:
+        """The saved adapter in eval mode, and its JSON record. Raises UserError if the folder is no checkpoint."""
+        state, record = checkpoint.read(folder, "adapter")
+        adapter = cls(**record["config"])
+        adapter.load_state_dict(state)
+        return adapter.eval(), record

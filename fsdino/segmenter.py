@@ -3,7 +3,6 @@
 `encode_support` turns K annotated images into a small bundle; `segment` finds that class in any query.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,17 +10,13 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fsdino import paper
+from fsdino import checkpoint, paper
 from fsdino.adapter import BottleneckAdapter
 from fsdino.correlation import CorrelationPrior
 from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
-from fsdino.errors import UserError
 from fsdino.prompts import SemanticVisualPrompt, mask_to_grid, masked_mean, prototype_similarity
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -120,31 +115,13 @@ class Segmenter(nn.Module):
         return Prediction(prior_logits=prior, mask_logits=mask)
 
     def save(self, folder: str | Path, **origin) -> None:
-        """Write `segmenter.safetensors` and `segmenter.json` (config, plus `origin`: JSON about where it comes from)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "segmenter.safetensors")
-        record = {"format_version": FORMAT_VERSION, "config": asdict(self.config), **origin}
-        (folder / "segmenter.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        """Write `segmenter.safetensors` and `segmenter.json`: the config, and `origin` (JSON about where it comes from)."""
+        checkpoint.save(folder, "segmenter", self.state_dict(), {"config": asdict(self.config), **origin})
 
     @classmethod
     def load(cls, folder: str | Path) -> tuple["Segmenter", dict]:
-        """The saved segmenter in eval mode, and its JSON record.
-
-        Raises UserError if the folder is no checkpoint or is of another format version.
-        """
-        folder = Path(folder)
-        try:
-            record = json.loads((folder / "segmenter.json").read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{folder}: expected a checkpoint with segmenter.json, found none; train_episodic writes one"
-            ) from None
-        if record.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{folder}/segmenter.json: expected format version {FORMAT_VERSION}, got "
-                f"{record.get('format_version')}; load it with the release that wrote it"
-            )
+        """The saved segmenter in eval mode, and its JSON record. Raises UserError if the folder is no checkpoint."""
+        state, record = checkpoint.read(folder, "segmenter")
         model = cls(SegmenterConfig(**record["config"]))
-        model.load_state_dict(load_file(folder / "segmenter.safetensors"))
+        model.load_state_dict(state)
         return model.eval(), record

@@ -1,0 +1,5 @@
+"""Errors that name the store, the place in it, and the cure."""
+
+
+class StoreError(Exception):
+    """A store that is not there, not whole, not what was expected, or damaged."""

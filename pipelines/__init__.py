@@ -1,0 +1,1 @@
+"""The commands: Ray Data and Ray Train jobs over feature stores, tracked in MLflow."""

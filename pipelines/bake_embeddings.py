@@ -1,0 +1,62 @@
+"""The frozen adapter's output, once: the early store and the adapter in, a sealed embedding store out.
+
+    python -m pipelines.bake_embeddings --recipe offline
+
+The segmenter trains on these 256 channels and never reads `early`. `--no-distilled` bakes a random adapter instead
+(store `embedding-random`), for the ablation.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from feature_store import FeatureStore, Fingerprint
+from fsdino.data.voc import VocDataset
+from fsdino.errors import UserError
+from fsdino.weights import state_digest
+from pipelines import stages, training
+from pipelines.cli import main
+from pipelines.recipes import Encoding, Extraction, Model, Places, RecipeName, Workers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Bake the adapter's embeddings of every early feature into a feature store."""
+
+    recipe: RecipeName
+    places: Places
+    encoding: Encoding
+    extraction: Extraction
+    model: Model
+    workers: Workers
+
+
+def job(settings: Settings) -> dict[str, Any]:
+    """Plan, bake, seal."""
+    dataset, res = VocDataset(settings.places.data), settings.encoding.res
+    url = stages.store_url(settings.places.store, dataset.name, "early", res)
+    early = FeatureStore(url, {"feature": "early", "res_px": res})
+    adapter = training.load_adapter(settings.places, dataset.name, settings.model, early.fingerprint, settings.workers.seed)
+    if adapter.widen.out_channels != settings.model.embedding_channels:
+        raise UserError(
+            f"--embedding-channels {settings.model.embedding_channels}: the adapter was distilled to "
+            f"{adapter.widen.out_channels} channels, its teacher's; give that number"
+        )
+    made_of = early.fingerprint
+    target = Fingerprint(
+        feature="embedding",
+        model=f"adapter on {made_of.model}",
+        weights=state_digest(adapter),
+        layers=f"adapter of {made_of.weights} {made_of.layers}",
+        res_px=res,
+        grid=made_of.grid,
+        channels=settings.model.embedding_channels,
+        view_seed=made_of.view_seed,
+        preprocessing=made_of.preprocessing,
+        precision=settings.extraction.precision,
+    )
+    destination = stages.store_url(settings.places.store, dataset.name, training.embedding_name(settings.model), res)
+    return stages.extract(lambda: adapter, stages.ReadShard(url), {destination: target}, early.samples, settings.extraction)
+
+
+if __name__ == "__main__":
+    main(Settings, job)

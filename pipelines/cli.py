@@ -1,0 +1,82 @@
+"""What all commands share: flags from a settings type and a recipe, exit codes, JSON on the last line."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import tyro
+
+from feature_store.errors import StoreError
+from fsdino.errors import UserError
+from pipelines.recipes import RECIPES
+
+S = TypeVar("S")
+
+
+def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[str] | None = None) -> None:
+    """Parse the flags, do the job, print its result as one JSON line, and exit.
+
+    Exit codes: 0 done, 2 wrong usage or input (one line on stderr), 1 a fault (with its traceback).
+    """
+    # Neither library may try to reach the internet from a cluster; both honour a value set by the user.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        settings = parse(settings_type, sys.argv[1:] if argv is None else argv)
+        result = job(settings)
+    except (UserError, StoreError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        # A user's mistake that surfaces inside a Ray worker arrives wrapped in the worker's traceback.
+        cause = users_mistake(error)
+        if cause is None:
+            raise
+        fail(cause)
+    print(json.dumps(result), flush=True)
+
+
+def fail(error: BaseException) -> None:
+    """One line on stderr and exit code 2."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse(settings_type: type[S], argv: list[str]) -> S:
+    """Settings from the recipe that `--recipe` names, single ones overridden by further flags."""
+    name = "paper"
+    for position, argument in enumerate(argv):
+        if argument == "--recipe" and position + 1 < len(argv):
+            name = argv[position + 1]
+        elif argument.startswith("--recipe="):
+            name = argument.removeprefix("--recipe=")
+    if name not in RECIPES:
+        raise UserError(f"--recipe {name}: no such recipe; known are {', '.join(RECIPES)}")
+    recipe = RECIPES[name]()
+    known = {f.name: getattr(recipe, f.name) for f in fields(recipe)} | {"recipe": name}
+    given = {f.name: known[f.name] for f in fields(settings_type) if f.name in known}  # type: ignore[arg-type]
+    missing = {
+        f.name: tyro.MISSING
+        for f in fields(settings_type)  # type: ignore[arg-type]
+        if f.name not in given and f.default is f.default_factory  # both are dataclasses.MISSING
+    }
+    default = settings_type(**given, **missing)
+    return tyro.cli(settings_type, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def users_mistake(error: BaseException | None) -> BaseException | None:
+    """The UserError or StoreError at the root of an error that crossed processes, else None."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, (UserError, StoreError)) and not hasattr(error, "traceback_str"):
+            return error
+        failures = getattr(error, "worker_failures", None)  # ray.train's WorkerGroupError: rank -> error
+        inner = next(iter(failures.values()), None) if failures else None
+        error = inner or getattr(error, "cause", None) or error.__cause__
+    return None

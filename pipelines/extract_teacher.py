@@ -1,0 +1,55 @@
+"""Teacher embeddings of the training images, once: photographs in, a sealed teacher store out.
+
+    python -m pipelines.extract_teacher --res 518
+
+The teacher sees each image as the same square that the student sees, at the teacher's own side (SAM: 1024 px).
+Cost: SAM-H takes about 0.2 s an image on an A100; the offline teacher 0.05 s on two cores.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from feature_store import Fingerprint
+from fsdino.data.voc import VocDataset
+from fsdino.teacher import build_teacher
+from pipelines import stages
+from pipelines.cli import main
+from pipelines.recipes import Encoding, Extraction, Places, RecipeName, Teaching
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compute teacher embeddings of the training images into a feature store."""
+
+    recipe: RecipeName
+    places: Places
+    encoding: Encoding
+    teaching: Teaching
+    extraction: Extraction
+
+
+def job(settings: Settings) -> dict[str, Any]:
+    """Plan, extract, seal."""
+    dataset = VocDataset(settings.places.data)
+    build = partial(build_teacher, settings.teaching.teacher, settings.teaching.teacher_weights)
+    teacher, res = build(), settings.encoding.res
+    fingerprint = Fingerprint(
+        feature="teacher",
+        model=teacher.name,
+        weights=teacher.digest,
+        layers=teacher.layers,
+        res_px=teacher.input_px(res),
+        grid=teacher.grid(res),
+        channels=teacher.channels,
+        view_seed=settings.encoding.view_seed,
+        precision=settings.extraction.precision,
+    )
+    rows = stages.plan_rows(dataset, ["train"], num_views=1)
+    url = stages.store_url(settings.places.store, dataset.name, "teacher", res)
+    decode = stages.DecodeShard(fingerprint.res_px, fingerprint.view_seed)
+    return stages.extract(build, decode, {url: fingerprint}, rows, settings.extraction)
+
+
+if __name__ == "__main__":
+    main(Settings, job)

@@ -1,0 +1,104 @@
+"""Episodes as tensors: features from the stores, labels from the data set under the same views."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feature_store import FeatureStore
+from fsdino.data.episodes import Episode, EpisodeSampler
+from fsdino.data.views import draw_view
+from fsdino.data.voc import VocDataset, binary_label
+
+LABELS_KEPT = 8192  # 160 kB each at 400 px
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    """B episodes of K shots; features in the stores' channels, channels first (memory stays channels last)."""
+
+    episodes: Sequence[Episode]
+    support_late: Tensor
+    """(B, K, C, g, g)"""
+    support_masks: Tensor
+    """(B, K, r, r), 0 or 1; void counts as 0."""
+    query_late: Tensor
+    """(B, C, g, g)"""
+    query_embedding: Tensor | None
+    """(B, E, g, g); None where no embedding store was given."""
+    query_labels: Tensor
+    """(B, r, r) uint8: 1 the class, 0 elsewhere, 255 void."""
+
+    def to(self, device: torch.device) -> "EpisodeBatch":
+        """The batch on a device, features as float32."""
+        return EpisodeBatch(
+            self.episodes,
+            self.support_late.to(device, torch.float32),
+            self.support_masks.to(device, torch.float32),
+            self.query_late.to(device, torch.float32),
+            None if self.query_embedding is None else self.query_embedding.to(device, torch.float32),
+            self.query_labels.to(device),
+        )
+
+
+class EpisodeLoader:
+    """Reads any episode; labels under a view are kept in memory, the most recent ones."""
+
+    def __init__(self, dataset: VocDataset, late: FeatureStore, embedding: FeatureStore | None, res_px: int):
+        self.dataset, self.late, self.embedding, self.res_px = dataset, late, embedding, res_px
+        self.view_seed = late.fingerprint.view_seed
+        self._labels: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+
+    def load(self, episodes: Sequence[Episode]) -> EpisodeBatch:
+        """The episodes as one batch; all have the same number of shots."""
+        ids = [[e.query, *e.supports] for e in episodes]
+        flat_ids, flat_views = [i for row in ids for i in row], [v for e in episodes for v in e.views]
+        late = _channels_first(self.late.read(self.late.rows(flat_ids, flat_views))).unflatten(0, (len(episodes), -1))
+        embedding = None
+        if self.embedding is not None:
+            queries = self.embedding.rows([e.query for e in episodes], [e.views[0] for e in episodes])
+            embedding = _channels_first(self.embedding.read(queries))
+        labels = np.stack(
+            [
+                np.stack([binary_label(self._label(i, v), e.class_id) for i, v in zip(row, e.views, strict=True)])
+                for row, e in zip(ids, episodes, strict=True)
+            ]
+        )
+        return EpisodeBatch(
+            episodes=episodes,
+            support_late=late[:, 1:],
+            support_masks=torch.from_numpy(labels[:, 1:] == 1),
+            query_late=late[:, 0],
+            query_embedding=embedding,
+            query_labels=torch.from_numpy(labels[:, 0]),
+        )
+
+    def batches(self, sampler: EpisodeSampler, batches: Iterator[Sequence[int]]) -> Iterator[EpisodeBatch]:
+        """Batches of the episodes of these indices, each read while the one before it is in use."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = None
+            for indices in batches:
+                following = pool.submit(self.load, [sampler.episode(i) for i in indices])
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield ahead.result()
+
+    def _label(self, image_id: str, view: int) -> np.ndarray:
+        key = (image_id, view)
+        label = self._labels.pop(key, None)
+        if label is None:
+            label = draw_view(self.view_seed, image_id, view).label(self.dataset.label(image_id), self.res_px)
+        self._labels[key] = label
+        if len(self._labels) > LABELS_KEPT:
+            self._labels.popitem(last=False)
+        return label
+
+
+def _channels_first(features: np.ndarray) -> Tensor:
+    return torch.from_numpy(features).movedim(-1, 1)

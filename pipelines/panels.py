@@ -1,0 +1,65 @@
+"""Picture panels: rows of equal squares with a caption over each column."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fsdino.data.episodes import Episode
+from fsdino.data.views import draw_view
+from fsdino.data.voc import VocDataset, binary_label
+from fsdino.segmenter import Prediction
+
+CELL_PX = 192
+GAP_PX = 4
+CAPTION_PX = 18
+MASK_COLOUR = np.array([255, 40, 90], np.float32)
+
+
+def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The image with the mask's pixels tinted and the rest darkened; the mask is stretched to the image."""
+    stretched = Image.fromarray((mask > 0).astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
+    inside = np.asarray(stretched)[..., None] > 0
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    return Image.fromarray(np.where(inside, 0.5 * pixels + 0.5 * MASK_COLOUR, 0.6 * pixels).astype(np.uint8))
+
+
+def heat(probability: np.ndarray) -> Image.Image:
+    """A map in [0, 1] as grey values."""
+    return Image.fromarray((np.clip(probability, 0, 1) * 255).astype(np.uint8)).convert("RGB")
+
+
+def panel(columns: Sequence[str], rows: Sequence[Sequence[Image.Image | None]]) -> Image.Image:
+    """All rows under the columns' captions; None leaves a cell empty."""
+    step = CELL_PX + GAP_PX
+    canvas = Image.new("RGB", (len(columns) * step + GAP_PX, len(rows) * step + GAP_PX + CAPTION_PX), "white")
+    draw = ImageDraw.Draw(canvas)
+    for x, caption in enumerate(columns):
+        draw.text((x * step + GAP_PX, 3), caption, fill="black")
+    for y, row in enumerate(rows):
+        for x, cell in enumerate(row):
+            if cell is not None:
+                square = cell.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR)
+                canvas.paste(square, (x * step + GAP_PX, y * step + GAP_PX + CAPTION_PX))
+    return canvas
+
+
+def episodes(dataset: VocDataset, view_seed: int, drawn: Sequence[Episode], predicted: Prediction) -> Image.Image:
+    """Support, its mask, query, truth, prior and prediction of each episode (its first support)."""
+    rows = []
+    for i, episode in enumerate(drawn):
+        (query, truth), (support, mask) = (
+            _seen(dataset, view_seed, image_id, view, episode.class_id)
+            for image_id, view in zip((episode.query, episode.supports[0]), episode.views, strict=False)
+        )
+        prior = None if predicted.prior_logits is None else predicted.prior_logits[i, 0].float().sigmoid().cpu().numpy()
+        found = predicted.mask_logits[i, 0].float().cpu().numpy() > 0
+        cells = [support, overlay(support, mask), query, overlay(query, truth)]
+        rows.append([*cells, None if prior is None else heat(prior), overlay(query, found)])
+    return panel(("support", "support mask", "query", "truth", "prior", "prediction"), rows)
+
+
+def _seen(dataset: VocDataset, view_seed: int, image_id: str, view: int, class_id: int) -> tuple[Image.Image, np.ndarray]:
+    drawn = draw_view(view_seed, image_id, view)
+    image = drawn.image(dataset.image(image_id)).resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR)
+    return image, binary_label(drawn.label(dataset.label(image_id), CELL_PX), class_id) == 1

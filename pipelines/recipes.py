@@ -1,0 +1,219 @@
+"""Complete settings of every run: one function each, no inheritance, nothing read from elsewhere.
+
+Sections are shared between commands, so that a store, its reader and a checkpoint agree on what made them.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from fsdino import paper
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are; every place is a path or any fsspec URL."""
+
+    data: str
+    """Data set in VOC's layout: the folder that holds JPEGImages."""
+    store: str = "outputs/stores"
+    """Root of the feature stores."""
+    out: str = "outputs/runs"
+    """Root of checkpoints and results."""
+    tracking_uri: str = "sqlite:///outputs/mlflow.db"
+    """MLflow: sqlite:///FILE or the http address of a server."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The frozen encoder and what it sees."""
+
+    encoder: str
+    """dinov2_vits14, dinov2_vitb14, dinov2_vitl14, tf_efficientnet_lite0..2 or tiny_vit."""
+    res: int
+    """Side of the square input, in pixels."""
+    num_views: int
+    """Views of each training image: 1 is the photograph alone, further ones are augmented."""
+    encoder_weights: str | None = None
+    """A local weights file instead of the publisher's."""
+    view_seed: int = 0
+    """Seed of the augmented views."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The frozen teacher."""
+
+    teacher: str
+    """sam_vit_h, sam_vit_l, sam_vit_b, tf_efficientnet_lite0..2 or tiny_sam."""
+    teacher_weights: str | None = None
+    """A local weights file instead of the publisher's."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How an extraction job uses its cluster."""
+
+    actors: int = 1
+    """Processes that run the network."""
+    actor_cpus: float = 1
+    """CPU cores for each of them, and for each decoding task."""
+    actor_gpus: float = 0
+    """GPUs for each of them; fractions share one."""
+    forward_batch: int = 8
+    """Images in one forward pass."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of the forward pass."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How a training job uses its cluster."""
+
+    workers: int = 1
+    """Ray Train workers; the batch is split among them."""
+    worker_cpus: float = 2
+    """CPU cores for each."""
+    gpu: bool = False
+    """One GPU for each."""
+    train_precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of the forward and backward pass."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; a killed run goes on from the last one."""
+    seed: int = 0
+    """Seed of initialisation and of the order of samples."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Coarse-to-fine distillation (Sec. 3.3.2)."""
+
+    distill_res: tuple[int, ...]
+    """Student resolutions in their order, in pixels."""
+    distill_epochs: int = paper.DISTILL_EPOCHS
+    """Passes over the training images at each resolution."""
+    distill_batch: int = paper.BATCH_SIZE
+    """Images in a step, over all workers."""
+    distill_lr: float = paper.LEARNING_RATE
+    """Initial learning rate of each stage."""
+    validation_share: float = 0.05
+    """Share of the images held out to choose each stage's best weights."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The segmenter."""
+
+    embedding_channels: int
+    """Channels of the teacher's embedding, and so the decoder's width."""
+    sam_decoder: str | None
+    """Teacher whose checkpoint initialises the decoder; none means random."""
+    decoder_weights: str | None = None
+    """A local SAM checkpoint instead of the publisher's."""
+    variant: Literal["compact", "4d"] = "4d"
+    """Dense prompt: the similarity map, or the 4D correlation's prior mask."""
+    semantic_prompt: bool = True
+    """Semantic visual prompt as the sparse prompt."""
+    distilled: bool = True
+    """Bake embeddings with the distilled adapter; off takes a random one, for ablation."""
+
+
+@dataclass(frozen=True)
+class Episodic:
+    """Episodic training (Sec. 3.4.3)."""
+
+    epochs: int = paper.EPOCHS_PASCAL
+    """Passes over the base images; the number of steps follows."""
+    steps: int | None = None
+    """Number of steps, instead of epochs."""
+    batch: int = paper.BATCH_SIZE
+    """Episodes in a step, over all workers."""
+    train_shots: int = 1
+    """Supports in a training episode."""
+    lr: float = paper.LEARNING_RATE
+    """Learning rate of new layers."""
+    decoder_lr: float = paper.DECODER_LEARNING_RATE
+    """Learning rate of the decoder."""
+    keep_novel: bool = False
+    """Keep base images that hold novel pixels (as background), as HSNet does."""
+
+
+@dataclass(frozen=True)
+class Testing:
+    """Evaluation."""
+
+    episodes: int = 1000
+    """Test episodes."""
+    test_seed: int = 0
+    """Seed of the episodes' classes and supports."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of one published or offline run."""
+
+    places: Places
+    encoding: Encoding
+    teaching: Teaching
+    extraction: Extraction
+    workers: Workers
+    distillation: Distillation
+    model: Model
+    episodic: Episodic
+    testing: Testing
+
+
+def paper_recipe() -> Recipe:
+    """FS-DINO, arXiv 2504.15669, PASCAL-5i: mIoU 75.6 80.3 72.2 73.4 (1-shot, Table 1) is the score to reach.
+
+    DINOv2 ViT-B/14 at 518 px and SAM-H. The paper distils on 1 % of SA-1B with 2-4 A6000 and trains episodes on one.
+    """
+    return Recipe(
+        places=Places(data="data/VOCdevkit/VOC2012"),
+        encoding=Encoding(encoder="dinov2_vitb14", res=paper.IMAGE_RES_PX, num_views=8),
+        teaching=Teaching(teacher="sam_vit_h"),
+        extraction=Extraction(actor_gpus=1, forward_batch=16),
+        workers=Workers(gpu=True, worker_cpus=4, checkpoint_every=1000),
+        distillation=Distillation(distill_res=paper.DISTILL_RES_PX),
+        model=Model(embedding_channels=paper.EMBEDDING_CHANNELS, sam_decoder="sam_vit_h"),
+        episodic=Episodic(),
+        testing=Testing(),
+    )
+
+
+def offline_recipe() -> Recipe:
+    """Nothing but the package index: EfficientNet-Lite0 learns from Lite2 at 400 px. README has its scores.
+
+    The decoder starts at random, so it learns at the rate of the new layers.
+    """
+    return Recipe(
+        places=Places(data="data/VOCdevkit/VOC2012"),
+        encoding=Encoding(encoder="tf_efficientnet_lite0", res=400, num_views=3),
+        teaching=Teaching(teacher="tf_efficientnet_lite2"),
+        extraction=Extraction(forward_batch=8),
+        workers=Workers(train_precision="bf16"),
+        distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=5),
+        model=Model(embedding_channels=352, sam_decoder=None),
+        episodic=Episodic(steps=1000),
+        testing=Testing(),
+    )
+
+
+def tiny_recipe() -> Recipe:
+    """The paper's classes at toy size with random weights: the whole way in seconds, for tests."""
+    return Recipe(
+        places=Places(data="outputs/shapes"),
+        encoding=Encoding(encoder="tiny_vit", res=70, num_views=2),
+        teaching=Teaching(teacher="tiny_sam"),
+        extraction=Extraction(),
+        workers=Workers(checkpoint_every=5, worker_cpus=1),
+        distillation=Distillation(distill_res=(28, 70), distill_epochs=1),
+        model=Model(embedding_channels=32, sam_decoder=None),
+        episodic=Episodic(steps=10, batch=4),
+        testing=Testing(episodes=20),
+    )
+
+
+RECIPES = {"paper": paper_recipe, "offline": offline_recipe, "tiny": tiny_recipe}
+RecipeName = Annotated[str, tyro.conf.arg(help=f"Which run's settings to start from: {', '.join(RECIPES)}.")]

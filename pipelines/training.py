@@ -1,0 +1,218 @@
+"""What both training jobs share: Ray Train with checkpoints, resuming, the schedule, and the run's record."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() waits for it: 2 s by default
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from feature_store import Fingerprint, files
+from fsdino import paper
+from fsdino.adapter import BottleneckAdapter
+from fsdino.checkpoint import files as checkpoint_files
+from fsdino.errors import UserError
+from pipelines import tracking
+from pipelines.recipes import Model, Places, Workers
+from pipelines.stages import connect
+
+MAX_WORKER_FAILURES = 3
+
+
+def run(
+    name: str,
+    folder: str,
+    experiment: str,
+    loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    places: Places,
+    workers: Workers,
+    identity: dict[str, Any],
+    tags: dict[str, str],
+) -> None:
+    """Train `loop(config)` on Ray Train under `folder`/`name`, or go on with the run that was interrupted there.
+
+    `identity` is what makes two runs the same run. Raises UserError if a run of another identity is in that folder.
+    The loop finds its MLflow run in `config["run_id"]` and writes `final/` when it is done.
+    """
+    folder = files.absolute(folder)
+    identity = json.loads(json.dumps(identity))
+    record = _record(f"{folder}/{name}")
+    if record is not None and record["identity"] != identity:
+        other = record["identity"]
+        differing = [f"{k}: expected {v}, got {other.get(k)}" for k, v in identity.items() if other.get(k) != v]
+        raise UserError(
+            f"{folder}/{name}: a run with other settings is there ({'; '.join(differing)}); "
+            "choose another --out or --name, or remove it"
+        )
+    run_id = record["run_id"] if record else None
+    run = tracking.start(places.tracking_uri, experiment, name, identity, tags, run_id)
+    files.write_bytes(f"{folder}/{name}", "run.json", json.dumps({"identity": identity, "run_id": run.run_id}).encode())
+    connect()
+    resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if workers.gpu else {})
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=config | {"run_id": run.run_id, "tracking_uri": run.tracking_uri, "workers": workers},
+        scaling_config=ScalingConfig(
+            num_workers=workers.workers, use_gpu=workers.gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        trainer.fit()
+    except BaseException:
+        run.end(ok=False)
+        raise
+    run.end()
+
+
+def finished(folder: str, name: str, file: str) -> bool:
+    """Whether a run has written its final checkpoint."""
+    return files.exists(f"{files.absolute(folder)}/{name}/final", file)
+
+
+def publish(folder: str | Path, url: str) -> None:
+    """Put a folder's files at a URL, the JSON last: it names a checkpoint, so it must not come before the weights."""
+    for path in sorted(Path(folder).iterdir(), key=lambda p: p.suffix == ".json"):
+        files.write_bytes(url, path.name, path.read_bytes())
+
+
+def fetch(url: str, folder: str | Path, names: tuple[str, ...]) -> Path:
+    """The named files of a checkpoint as a local folder. Raises UserError if one is missing."""
+    url = files.absolute(url)
+    local = files.local_path(url)
+    if local is not None:
+        return Path(local)
+    for name in names:
+        try:
+            (Path(folder) / name).write_bytes(files.read_bytes(url, name))
+        except FileNotFoundError:
+            raise UserError(f"{url}: expected a checkpoint with {name}, found none; train it first") from None
+    return Path(folder)
+
+
+def read_adapter(url: str) -> tuple[BottleneckAdapter, dict[str, Any]]:
+    """The adapter at a path or URL, and its record."""
+    with tempfile.TemporaryDirectory() as folder:
+        return BottleneckAdapter.load(fetch(url, folder, checkpoint_files("adapter")))
+
+
+def load_adapter(places: Places, dataset: str, model: Model, early: Fingerprint, seed: int) -> BottleneckAdapter:
+    """The distilled adapter of a data set, checked against the encoder it was made for; or a random one, if so set."""
+    if not model.distilled:
+        torch.manual_seed(seed)
+        return BottleneckAdapter(early.channels, model.embedding_channels).eval()
+    url = f"{places.out}/{dataset}/distill/final"
+    adapter, record = read_adapter(url)
+    made_for = record["of"]["encoder"]
+    if made_for["weights"] != early.weights:
+        raise UserError(
+            f"{url}: expected the adapter of {early.model} ({early.weights}), got one of {made_for['model']} "
+            f"({made_for['weights']}); distil again under another --out"
+        )
+    return adapter
+
+
+def embedding_name(model: Model) -> str:
+    """The store's feature name: embeddings of a random adapter are kept apart."""
+    return "embedding" if model.distilled else "embedding-random"
+
+
+def set_up(config: dict[str, Any]) -> tuple[torch.device, int, int]:
+    """In a worker: seed, threads and device. Returns device, rank and world size."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    workers: Workers = config["workers"]
+    torch.manual_seed(workers.seed)
+    # Ray sets OMP_NUM_THREADS from whole CPUs before torch is loaded; this also covers fractions.
+    torch.set_num_threads(max(1, int(workers.worker_cpus)))
+    return ray.train.torch.get_device(), rank, world
+
+
+def autocast(config: dict[str, Any], device: torch.device) -> AbstractContextManager:
+    """bf16 autocast if the settings ask for it."""
+    if config["workers"].train_precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+class Stopwatch:
+    """Seconds of work, over all the times a run was taken up."""
+
+    def __init__(self, before: float):
+        self._before, self._started = before, time.perf_counter()
+
+    def total(self) -> float:
+        """Seconds until now."""
+        return self._before + time.perf_counter() - self._started
+
+
+def poly(step: int, steps: int) -> float:
+    """Factor of the learning rate before a step: (1 - step / steps)^0.9."""
+    return (1 - step / steps) ** paper.POLY_POWER
+
+
+def worker_batches(first: int, steps: int, batch: int, rank: int, world: int) -> Iterator[range]:
+    """Indices of a worker's samples for each step: step s is indices s*batch ... (s+1)*batch, split evenly."""
+    share = batch // world
+    for step in range(first, steps):
+        yield range(step * batch + rank * share, step * batch + (rank + 1) * share)
+
+
+def check_batch(batch: int, workers: int) -> None:
+    """Raise UserError if a batch cannot be split evenly."""
+    if batch % workers:
+        raise UserError(f"--workers {workers}: expected a divisor of the batch {batch}")
+
+
+def save_state(rank: int, metrics: dict[str, float], **state: Any) -> None:
+    """Report a checkpoint of tensors and numbers from rank 0; every rank must call it."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if rank == 0:
+            torch.save(state, Path(folder) / "state.pt")
+            checkpoint = Checkpoint.from_directory(folder)
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+
+def load_state() -> dict[str, Any] | None:
+    """The last checkpoint's state, None in a fresh run."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+
+
+def identity_of(**sections: Any) -> dict[str, Any]:
+    """Flat, comparable settings of dataclasses and plain values."""
+    flat: dict[str, Any] = {}
+    for key, value in sections.items():
+        if hasattr(value, "__dataclass_fields__"):
+            flat |= asdict(value)
+        else:
+            flat[key] = value
+    return flat
+
+
+def _record(url: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(files.read_bytes(url, "run.json"))
+    except FileNotFoundError:
+        return None
