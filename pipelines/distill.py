@@ -64,7 +64,7 @@ def job(settings: Settings) -> dict[str, Any]:
             teacher_weights=teacher.fingerprint.weights,
             images=len(trained) + len(held_out),
         )
-        tags = {f"store.early@{s.fingerprint.res_px}": str(asdict(s.fingerprint)) for s in early}
+        tags = {f"store.early.{s.fingerprint.res_px}": str(asdict(s.fingerprint)) for s in early}
         tags["store.teacher"] = str(asdict(teacher.fingerprint))
         config = {"settings": settings, "dataset": dataset, "folder": f"{folder}/distill"}
         training.run("distill", folder, "distill", loop, config, settings.places, settings.workers, identity, tags)

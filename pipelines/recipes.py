@@ -191,7 +191,7 @@ def offline_recipe() -> Recipe:
         places=Places(data="data/VOCdevkit/VOC2012"),
         encoding=Encoding(encoder="tf_efficientnet_lite0", res=400, num_views=3),
         teaching=Teaching(teacher="tf_efficientnet_lite2"),
-        extraction=Extraction(forward_batch=8),
+        extraction=Extraction(actors=2),
         workers=Workers(train_precision="bf16"),
         distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=5),
         model=Model(embedding_channels=352, sam_decoder=None),
