@@ -15,7 +15,7 @@ def mask_to_grid(mask: Float[Tensor, "b h w"], grid: int) -> Float[Tensor, "b gr
     return F.adaptive_avg_pool2d(mask[:, None], grid)[:, 0]
 
 
-def masked_mean(features: Float[Tensor, "b c g g"], weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b c"]:
+def masked_mean(features: Float[Tensor, "b c h w"], weights: Float[Tensor, "b h w"]) -> Float[Tensor, "b c"]:
     """Mean over positions, weighted by `weights` in [0, 1] (Eq. 2, read as the mean over the class, see the design)."""
     total = weights.sum((-2, -1)).clamp_min(EPS)
     return (features * weights[:, None]).sum((-2, -1)) / total[:, None]

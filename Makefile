@@ -1,0 +1,32 @@
+# `make demo` and `make test` set up everything they need, in .venv; both are safe to run again.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test test-slow check clean
+
+demo: $(READY)
+	@$(BIN)/python -m pipelines.demo
+
+test: $(READY) check
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; set PYTHON=" >&2; exit 2; }
+	@echo "setting up .venv (a few GB on the first run)" >&2
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv >&2
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[offline,dev]' >&2
+	@touch $(READY)
+
+clean:
+	rm -rf .venv outputs

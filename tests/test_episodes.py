@@ -1,0 +1,50 @@
+import pytest
+
+from fsdino.data.episodes import EpisodeSampler
+from fsdino.errors import UserError
+
+IMAGES = {f"image{i}": [1 + i % 3] + ([4] if i % 2 else []) for i in range(24)}
+
+
+def sampler(training=False, **changes):
+    settings = {"shots": 3, "fold": 0, "seed": 0, "training": training, "num_views": 4 if training else 1} | changes
+    return EpisodeSampler(IMAGES, **settings)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_supports_are_distinct_never_the_query_and_show_the_class(training):
+    drawn = [sampler(training).episode(i) for i in range(300)]
+    for episode in drawn:
+        assert len({episode.query, *episode.supports}) == 4
+        assert all(episode.class_id in IMAGES[i] for i in (episode.query, *episode.supports))
+        assert len(episode.views) == 4
+
+
+def test_test_queries_come_in_order_and_draw_every_class_of_the_image():
+    drawn = [sampler().episode(i) for i in range(24 * 20)]
+    assert [e.query for e in drawn[:24]] == sorted(IMAGES)
+    assert {e.class_id for e in drawn if e.query == "image1"} == {2, 4}
+    assert all(set(e.views) == {0} for e in drawn)
+
+
+def test_training_draws_every_view():
+    assert {v for i in range(100) for v in sampler(training=True).episode(i).views} == {0, 1, 2, 3}
+
+
+def test_an_episode_depends_on_seed_fold_and_index_alone():
+    one, other = sampler(training=True), sampler(training=True)
+    backwards = [other.episode(i) for i in reversed(range(50))]
+    assert [one.episode(i) for i in range(50)] == backwards[::-1]
+    for change in ({"seed": 1}, {"fold": 1}):
+        assert [sampler(training=True, **change).episode(i) for i in range(50)] != backwards[::-1]
+
+
+def test_training_and_test_draw_differently():
+    assert [sampler(training=True, num_views=1).episode(i) for i in range(9)] != [sampler().episode(i) for i in range(9)]
+
+
+def test_a_class_with_too_few_images_is_a_users_mistake():
+    with pytest.raises(UserError, match=r"at least 9 images of every class for 8-shot episodes, got \{1: 8"):
+        sampler(shots=8)
+    with pytest.raises(UserError, match="no image at all"):
+        EpisodeSampler({}, shots=1, fold=0, seed=0, training=False)

@@ -1,0 +1,126 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fsdino import paper
+from fsdino.adapter import BottleneckAdapter
+from fsdino.correlation import CorrelationPrior
+from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
+from fsdino.errors import UserError
+from fsdino.losses import mask_loss
+from fsdino.prompts import SemanticVisualPrompt
+from fsdino.segmenter import Segmenter, SegmenterConfig
+
+SMALL = SegmenterConfig(early_channels=6, late_channels=10, grid=6, embedding_channels=32)
+
+
+def count(module, trainable_only=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+
+
+def small_batch(config, shots=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    g = config.grid
+    late = torch.randn(3, shots, config.late_channels, g, g, generator=generator)
+    masks = torch.zeros(3, shots, 30, 30)
+    masks[:, :, 5:20, 8:22] = 1
+    query = torch.randn(3, config.late_channels, g, g, generator=generator)
+    embedding = torch.randn(3, config.embedding_channels, g, g, generator=generator)
+    return late, masks, query, embedding
+
+
+def test_parameters_are_as_many_as_the_design_counts_them():
+    assert count(BottleneckAdapter(768)) == 1_249_408
+    assert count(MaskDecoder()) == 4_058_340
+    assert count(mask_downscaling(256)) == 4_684
+    assert count(SemanticVisualPrompt(768, 256)) == 196_864
+    assert count(PositionalEncoding(256)) == 256
+    assert count(CorrelationPrior(37)) == 3_923_966
+
+
+@pytest.mark.parametrize("sam_extras, expected", [(True, 5_509_552), (False, 4_956_748)])
+def test_the_compact_model_has_five_million_parameters(sam_extras, expected):
+    config = SegmenterConfig(768, 768, grid=37, variant="compact", sam_extras=sam_extras)
+    assert count(Segmenter(config)) == expected + 1  # the scale of the similarity map
+
+
+@pytest.mark.parametrize("variant", ["compact", "4d"])
+def test_copies_of_one_support_equal_one_shot(variant):
+    config = dataclasses.replace(SMALL, variant=variant)
+    model = Segmenter(config).double().eval()
+    late, masks, query, embedding = (x.double() for x in small_batch(config, shots=1))
+    one = model.segment(query, embedding, model.encode_support(late, masks))
+    five = model.segment(query, embedding, model.encode_support(late.repeat(1, 5, 1, 1, 1), masks.repeat(1, 5, 1, 1)))
+    torch.testing.assert_close(one.mask_logits, five.mask_logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["compact", "4d"])
+@pytest.mark.parametrize("sam_extras", [True, False])
+@pytest.mark.parametrize("semantic_prompt", [True, False])
+def test_gradients_reach_every_trainable_and_no_frozen_parameter(variant, sam_extras, semantic_prompt):
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, variant=variant, sam_extras=sam_extras, semantic_prompt=semantic_prompt)
+    model = Segmenter(config).train()
+    late, masks, query, embedding = small_batch(config)
+    predicted = model.segment(query, embedding, model.encode_support(late, masks))
+    label = (torch.rand(3, 24, 24) > 0.5).to(torch.uint8)
+    loss = mask_loss(predicted.mask_logits, label)
+    if predicted.prior_logits is not None:
+        loss = loss + mask_loss(predicted.prior_logits, label)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+    assert not any(p.requires_grad for p in model.adapter.parameters())
+
+
+def test_an_empty_sparse_prompt_stands_in_when_svp_is_off():
+    config = dataclasses.replace(SMALL, semantic_prompt=False)
+    model = Segmenter(config)
+    late, masks, *_ = small_batch(config)
+    assert model.encode_support(late, masks).prompt.shape == (3, 0, 32)
+
+
+def test_a_pair_is_segmented_the_same_alone_and_in_a_batch():
+    model = Segmenter(SMALL).eval()
+    late, masks, query, embedding = small_batch(SMALL)
+    together = model.segment(query, embedding, model.encode_support(late, masks)).mask_logits
+    for i in range(3):
+        alone = model.segment(query[i : i + 1], embedding[i : i + 1], model.encode_support(late[i : i + 1], masks[i : i + 1]))
+        torch.testing.assert_close(together[i : i + 1], alone.mask_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_smaller_than_a_cell_still_makes_a_prototype():
+    model = Segmenter(SMALL)
+    late, masks, *_ = small_batch(SMALL, shots=1)
+    masks.zero_()
+    masks[:, :, 0, 0] = 1
+    torch.testing.assert_close(model.encode_support(late, masks).prototype, late[:, 0, :, 0, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_saved_segmenter_loads_as_it_was(tmp_path):
+    model = Segmenter(SMALL).eval()
+    model.save(tmp_path, fold=2)
+    loaded, record = Segmenter.load(tmp_path)
+    late, masks, query, embedding = small_batch(SMALL)
+    with torch.no_grad():
+        before, after = (m.segment(query, embedding, m.encode_support(late, masks)).mask_logits for m in (model, loaded))
+    assert record["fold"] == 2 and loaded.config == SMALL
+    assert torch.equal(before, after)
+
+
+def test_a_checkpoint_of_an_unknown_version_is_refused(tmp_path):
+    Segmenter(SMALL).save(tmp_path)
+    record = json.loads((tmp_path / "segmenter.json").read_text())
+    (tmp_path / "segmenter.json").write_text(json.dumps(record | {"format_version": 99}))
+    with pytest.raises(UserError, match="expected format version 1, got 99"):
+        Segmenter.load(tmp_path)
+
+
+def test_the_similarity_scale_starts_where_the_design_says():
+    model = Segmenter(dataclasses.replace(SMALL, variant="compact"))
+    assert model.similarity_scale.item() == paper.SIMILARITY_SCALE == 10
