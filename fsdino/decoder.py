@@ -25,7 +25,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, grid: int) -> Float[Tensor, "1 e g g"]:
         """Encoding of the cell centres, x before y, coordinates in [-1, 1]."""
-        centres = (torch.arange(grid, device=self.gaussian.device) + 0.5) / grid * 2 - 1
+        centres = (torch.arange(grid, device=self.gaussian.device, dtype=self.gaussian.dtype) + 0.5) / grid * 2 - 1
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         angle = 2 * math.pi * (torch.stack([x, y], dim=-1) @ self.gaussian)
         return torch.cat([angle.sin(), angle.cos()], dim=-1).permute(2, 0, 1)[None]

@@ -4,7 +4,7 @@ A new timm backbone is one class here and one line in `build_encoder`.
 """
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import timm
 import torch
@@ -26,6 +26,7 @@ class Features(NamedTuple):
     late: Float[Tensor, "b d g g"]
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What extraction and prediction need of an encoder."""
 

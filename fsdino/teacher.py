@@ -1,7 +1,7 @@
 """Frozen teachers: the image embedding that the adapter learns to imitate (Sec. 3.3)."""
 
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import timm
 import torch
@@ -17,6 +17,7 @@ from fsdino.errors import UserError
 from fsdino.weights import efficientnet_lite_state, load_state, state_digest
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """What extraction needs of a teacher."""
 

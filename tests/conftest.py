@@ -24,11 +24,11 @@ def voc_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
-    """160 generated images of 160 px: enough for every class of every fold."""
+    """160 generated images of 224 px: enough for every class of every fold."""
     from fsdino.data.shapes import write_shapes
 
     root = tmp_path_factory.mktemp("data") / "shapes"
-    write_shapes(root, 160, seed=1, side_px=160)
+    write_shapes(root, 160, seed=1, side_px=224)
     return root
 
 

@@ -27,12 +27,12 @@ def test_image_and_label_are_turned_and_flipped_alike():
     label = np.zeros((80, 80), np.uint8)
     label[10:30, 50:75] = 7
     image = Image.fromarray(np.repeat(label[..., None] * 30, 3, axis=2))
-    view = View(angle_deg=8, flip=True)
+    view = View(angle_deg=8.0, flip=True)
     warped, expected = np.asarray(view.image(image))[..., 0] > 105, view.label(label, 80)
     agree = (warped == (expected == 7))[expected != 255]
     assert agree.mean() > 0.99 and (expected == 7).sum() > 400
 
 
 def test_corners_that_a_rotation_uncovers_are_void():
-    label = View(angle_deg=10).label(np.zeros((100, 100), np.uint8), 50)
+    label = View(angle_deg=10.0).label(np.zeros((100, 100), np.uint8), 50)
     assert label[0, 0] == 255 and label[25, 25] == 0

@@ -1,0 +1,138 @@
+"""Bad input ends with exit code 2 and one clear line; flags come from settings and recipes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from feature_store import Fingerprint, Row, create
+from pipelines import evaluate, extract_features, predict, train_episodic
+from pipelines.cli import main, parse
+from pipelines.recipes import RECIPES
+
+
+def mistake(capsys, module, *arguments):
+    """The one line that a command says on stderr before it exits with 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(module.Settings, module.job, [str(a) for a in arguments])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [text for text in captured.err.splitlines() if text.startswith("error: ")]
+    assert captured.err.splitlines()[-1] == line
+    return line
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(path)
+    return path
+
+
+def mask_file(tmp_path, array):
+    path = tmp_path / "mask.png"
+    Image.fromarray(array).save(path)
+    return path
+
+
+def prediction(photo, mask, query=None):
+    return ["--checkpoint", "nowhere", "--support", photo, "--mask", mask, "--query", query or photo]
+
+
+def test_a_wrong_recipe_name(capsys):
+    line = mistake(capsys, predict, "--recipe", "papre")
+    assert line == "error: --recipe papre: no such recipe; known are paper, offline, tiny"
+
+
+def test_a_missing_photograph(capsys, photo, tmp_path):
+    line = mistake(capsys, predict, *prediction(tmp_path / "gone.jpg", photo))
+    assert "gone.jpg: expected an image file, found nothing there" in line
+
+
+def test_a_mask_of_another_size(capsys, photo, tmp_path):
+    line = mistake(capsys, predict, *prediction(photo, mask_file(tmp_path, np.ones((4, 4), np.uint8))))
+    assert "expected a mask of the photograph's size 30x20, got 4x4" in line
+
+
+def test_an_empty_mask(capsys, photo, tmp_path):
+    line = mistake(capsys, predict, *prediction(photo, mask_file(tmp_path, np.zeros((20, 30), np.uint8))))
+    assert "expected at least one foreground pixel, got none" in line
+
+
+def test_a_missing_mask(capsys, photo):
+    line = mistake(capsys, predict, "--checkpoint", "x", "--support", photo, photo, "--mask", photo, "--query", photo)
+    assert "expected one mask for each of the 2 supports, got 1" in line
+
+
+def test_a_missing_checkpoint(capsys, photo, tmp_path):
+    line = mistake(capsys, predict, *prediction(photo, mask_file(tmp_path, np.ones((20, 30), np.uint8))))
+    assert "nowhere: expected a checkpoint with segmenter.json, found none" in line
+
+
+def test_an_unknown_class_in_a_label(capsys, tmp_path, shapes_root):
+    import shutil
+
+    root = shutil.copytree(shapes_root, tmp_path / "copy")
+    first = sorted((root / "SegmentationClassAug").iterdir())[1]
+    Image.fromarray(np.full((224, 224), 77, np.uint8)).save(first)
+    line = mistake(capsys, train_episodic, "--recipe", "tiny", "--data", root, "--fold", 0)
+    assert "expected classes 0 to 12 and 255, got 77" in line
+
+
+def test_a_fold_that_does_not_exist(capsys, shapes_root):
+    line = mistake(capsys, evaluate, "--recipe", "tiny", "--data", shapes_root, "--fold", 9)
+    assert line == "error: --fold 9: expected 0 to 3"
+
+
+def test_a_missing_data_set(capsys, tmp_path):
+    line = mistake(capsys, extract_features, "--recipe", "tiny", "--data", tmp_path / "none")
+    assert "expected a data set in VOC's layout" in line
+
+
+def test_a_missing_store(capsys, shapes_root, tmp_path):
+    line = mistake(capsys, evaluate, "--recipe", "tiny", "--data", shapes_root, "--fold", 0, "--store", tmp_path)
+    assert "late@70: expected a feature store, found none; extract it first" in line
+
+
+def test_a_store_of_another_encoder(capsys, shapes_root, tmp_path):
+    fingerprint = Fingerprint("late", "other", "abc", "l", res_px=70, grid=5, channels=48, view_seed=0)
+    create(str(tmp_path / "shapes-12" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
+    arguments = ["--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--features", "late"]
+    line = mistake(capsys, extract_features, *arguments)
+    assert "another store is in the way (model: expected tiny_vit-0, got other; weights: expected" in line
+
+
+def test_a_resolution_that_the_encoder_cannot_take(capsys, shapes_root, tmp_path):
+    line = mistake(capsys, extract_features, "--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--res", 75)
+    assert line == "error: --res 75: tiny_vit-0 needs a multiple of 14; 70 is one"
+
+
+def test_a_flag_that_does_not_exist_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(predict.Settings, predict.job, ["--supprt", "x"])
+    assert stopped.value.code == 2
+
+
+def test_a_flag_overrides_its_recipe_and_leaves_the_rest():
+    settings = parse(train_episodic.Settings, ["--recipe", "offline", "--fold", "2", "--lr", "0.5"])
+    recipe = RECIPES["offline"]()
+    assert settings.episodic.lr == 0.5 and settings.fold == 2
+    assert settings.episodic.batch == recipe.episodic.batch and settings.encoding == recipe.encoding
+
+
+def test_the_paper_is_the_default_recipe_and_states_its_numbers():
+    settings = parse(train_episodic.Settings, ["--fold", "1"])
+    assert (settings.encoding.encoder, settings.encoding.res) == ("dinov2_vitb14", 518)
+    assert (settings.episodic.epochs, settings.episodic.batch, settings.episodic.lr) == (100, 8, 1e-3)
+    assert RECIPES["paper"]().distillation.distill_res == (126, 252, 518)
+    assert RECIPES["paper"]().teaching.teacher == "sam_vit_h"
+
+
+def test_help_names_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(evaluate.Settings, ["--recipe", "offline", "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for flag in ("--recipe", "--data", "--store", "--res", "--fold", "--shots", "--method", "--episodes"):
+        assert flag in text
+    assert "default: 400" in text and "default: 1000" in text

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from fsdino.errors import UserError
+from fsdino.teacher import build_teacher
+
+
+@torch.no_grad()
+def test_sam_is_segment_anythings_own_encoder_at_its_own_side():
+    teacher = build_teacher("tiny_sam")
+    x = torch.randn(2, 3, 128, 128)
+    assert torch.equal(teacher(x), teacher.image_encoder(x))
+    assert teacher(x).shape == (2, teacher.channels, teacher.grid(70), teacher.grid(70))
+    assert teacher.input_px(70) == 128
+
+
+def test_sams_normalisation_is_imagenets_on_the_scale_of_bytes():
+    teacher = build_teacher("tiny_sam")
+    assert [round(255 * m, 3) for m in teacher.mean] == [123.675, 116.28, 103.53]
+    assert [round(255 * s, 3) for s in teacher.std] == [58.395, 57.12, 57.375]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("res", [96, 400, 80])
+def test_the_offline_teacher_has_normalised_positions_on_the_grid_it_states(res):
+    teacher = build_teacher("tf_efficientnet_lite2")
+    out = teacher(torch.randn(1, 3, res, res))
+    assert out.shape == (1, 352, teacher.grid(res), teacher.grid(res))
+    torch.testing.assert_close(out.mean(1), torch.zeros_like(out[:, 0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.var(1, unbiased=False), torch.ones_like(out[:, 0]), atol=1e-3, rtol=0)
+
+
+def test_an_unknown_teacher_is_a_users_mistake():
+    with pytest.raises(UserError, match="--teacher clip: no such teacher"):
+        build_teacher("clip")
