@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fsdino import paper
+from fsdino.prompts import EPS, standardise
 
 
 class CorrelationPrior(nn.Module):
@@ -21,11 +22,17 @@ class CorrelationPrior(nn.Module):
     stride 2 over the query's; then a depthwise 3x3 works where the query axes are spatial (Eq. 4) and a pointwise
     convolution where they are channels (Eq. 5). The similarity map is added to every channel. 3,923,966 parameters
     at grid 37. The head convolves before each bilinear step, which costs a quarter of convolving after it.
+
+    The paper names neither activations, start, nor scale. With PyTorch's default start the prior of a fresh module
+    varies by 0.01 within an image, so the decoder sees nothing of the support and learns to do without it. Hence
+    ReLU and He's start, support weights of fixed total, and a similarity map standardised within its image.
+
+    `contrast` lets the support's background weigh against its foreground; without it only the masked support counts.
     """
 
-    def __init__(self, grid: int, channels: int = paper.CORRELATION_CHANNELS):
+    def __init__(self, grid: int, channels: int = paper.CORRELATION_CHANNELS, contrast: bool = False):
         super().__init__()
-        self.grid = grid
+        self.grid, self.contrast = grid, contrast
         self.half = math.ceil(grid / 2)
         positions = self.half**2
         wide, mid = paper.PRIOR_HEAD_WIDTHS
@@ -36,13 +43,25 @@ class CorrelationPrior(nn.Module):
         self.head = nn.ModuleList(
             [nn.Conv2d(positions, wide, 3, padding=1), nn.Conv2d(wide, mid, 3, padding=1), nn.Conv2d(mid, 1, 3, padding=1)]
         )
+        for conv in (self.support_reduce, self.query_reduce, self.depthwise, self.pointwise, *self.head):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is self.head[-1] else "relu")
+            nn.init.zeros_(conv.bias)
 
     def kernel(
         self, late: Float[Tensor, "b c g g"], weights: Float[Tensor, "b g g"]
     ) -> Float[Tensor, "b k c"]:
         """`W F_s` of one support image each; the mean over shots is the kernel of the shots together."""
-        masked = F.normalize(late, dim=1) * weights[:, None]
+        masked = F.normalize(late, dim=1) * self.position_weights(weights)[:, None]
         return torch.einsum("kp,bcp->bkc", self.support_reduce.weight[:, :, 0, 0], masked.flatten(2))
+
+    def position_weights(self, weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b g g"]:
+        """Weights of the support positions: a total of g^2 / 4 whatever the object's size, less the background's."""
+
+        def share(x: Tensor) -> Tensor:
+            return x / x.sum((-2, -1), keepdim=True).clamp_min(EPS)
+
+        shares = share(weights) - share(1 - weights) if self.contrast else share(weights)
+        return shares * self.grid**2 / 4
 
     def forward(
         self,
@@ -63,7 +82,7 @@ class CorrelationPrior(nn.Module):
         h = self.half
         s2 = s1.flatten(2).transpose(1, 2).unflatten(2, (h, h))  # b (query positions) h h, support axes spatial
         along_support = self.pointwise(s2).flatten(2).transpose(1, 2).unflatten(2, (h, h))
-        x = self.depthwise(s1) + along_support + F.adaptive_avg_pool2d(similarity, h)
+        x = self.depthwise(s1) + along_support + F.adaptive_avg_pool2d(standardise(similarity), h)
         for conv, side in zip(self.head[:-1], (self.grid, 2 * self.grid), strict=True):
             x = F.relu(conv(x))
             x = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)

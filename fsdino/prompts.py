@@ -28,6 +28,13 @@ def prototype_similarity(
     return (F.normalize(query, dim=1) * F.normalize(prototype, dim=1)[..., None, None]).sum(1, keepdim=True)
 
 
+def standardise(similarity: Float[Tensor, "b 1 g g"]) -> Float[Tensor, "b 1 g g"]:
+    """The map with mean 0 and deviation 1 within each image: cosines of one image differ by little, and about a mean
+    that tells of the images rather than of the class. A constant map becomes 0."""
+    centred = similarity - similarity.mean((-2, -1), keepdim=True)
+    return centred / centred.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-4)
+
+
 class SemanticVisualPrompt(nn.Module):
     """SVP: a 1x1 convolution to the decoder's width, then the masked mean: one sparse token. 196,864 parameters."""
 

@@ -30,6 +30,8 @@ class SegmenterConfig:
     embedding_channels: int = paper.EMBEDDING_CHANNELS
     variant: Literal["compact", "4d"] = "4d"
     """compact: the similarity map prompts the decoder. 4d: the prior mask of the 4D correlation does."""
+    contrast: bool = False
+    """Let the support's background weigh against its foreground in the 4D correlation."""
     semantic_prompt: bool = True
     """SVP as the sparse prompt; off means SAM's empty one (Table 4, first row)."""
     sam_extras: bool = True
@@ -60,7 +62,7 @@ class Segmenter(nn.Module):
         width = config.embedding_channels
         self.adapter = BottleneckAdapter(config.early_channels, width).requires_grad_(False)
         self.prompt = SemanticVisualPrompt(config.late_channels, width) if config.semantic_prompt else None
-        self.correlation = CorrelationPrior(config.grid) if config.variant == "4d" else None
+        self.correlation = CorrelationPrior(config.grid, contrast=config.contrast) if config.variant == "4d" else None
         self.similarity_scale = (
             nn.Parameter(torch.tensor(paper.SIMILARITY_SCALE)) if config.variant == "compact" else None
         )

@@ -25,13 +25,13 @@ class EpisodeBatch:
     support_late: Tensor
     """(B, K, C, g, g)"""
     support_masks: Tensor
-    """(B, K, r, r), 0 or 1; void counts as 0."""
+    """(B, K, s, s), 0 or 1; void counts as 0."""
     query_late: Tensor
     """(B, C, g, g)"""
     query_embedding: Tensor | None
     """(B, E, g, g); None where no embedding store was given."""
     query_labels: Tensor
-    """(B, r, r) uint8: 1 the class, 0 elsewhere, 255 void."""
+    """(B, s, s) uint8: 1 the class, 0 elsewhere, 255 void."""
 
     def to(self, device: torch.device) -> "EpisodeBatch":
         """The batch on a device, features as float32."""
@@ -46,10 +46,13 @@ class EpisodeBatch:
 
 
 class EpisodeLoader:
-    """Reads any episode; labels under a view are kept in memory, the most recent ones."""
+    """Reads any episode; labels under a view are kept in memory, the most recent ones.
 
-    def __init__(self, dataset: VocDataset, late: FeatureStore, embedding: FeatureStore | None, res_px: int):
-        self.dataset, self.late, self.embedding, self.res_px = dataset, late, embedding, res_px
+    A mirrored image is its mirrored features and label: right up to the network's own left-right asymmetries.
+    """
+
+    def __init__(self, dataset: VocDataset, late: FeatureStore, embedding: FeatureStore | None, label_px: int):
+        self.dataset, self.late, self.embedding, self.label_px = dataset, late, embedding, label_px
         self.view_seed = late.fingerprint.view_seed
         self._labels: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
@@ -57,24 +60,20 @@ class EpisodeLoader:
         """The episodes as one batch; all have the same number of shots."""
         ids = [[e.query, *e.supports] for e in episodes]
         flat_ids, flat_views = [i for row in ids for i in row], [v for e in episodes for v in e.views]
-        late = _channels_first(self.late.read(self.late.rows(flat_ids, flat_views))).unflatten(0, (len(episodes), -1))
+        flips = torch.tensor([e.flips for e in episodes])
+        late = _channels_first(self.late.read(self.late.rows(flat_ids, flat_views))).unflatten(0, flips.shape)
         embedding = None
         if self.embedding is not None:
             queries = self.embedding.rows([e.query for e in episodes], [e.views[0] for e in episodes])
-            embedding = _channels_first(self.embedding.read(queries))
-        labels = np.stack(
-            [
-                np.stack([binary_label(self._label(i, v), e.class_id) for i, v in zip(row, e.views, strict=True)])
-                for row, e in zip(ids, episodes, strict=True)
-            ]
-        )
+            embedding = _mirror(_channels_first(self.embedding.read(queries)), flips[:, 0])
+        late, labels = _mirror(late, flips), _mirror(torch.from_numpy(self._labels_of(ids, episodes)), flips)
         return EpisodeBatch(
             episodes=episodes,
             support_late=late[:, 1:],
-            support_masks=torch.from_numpy(labels[:, 1:] == 1),
+            support_masks=labels[:, 1:] == 1,
             query_late=late[:, 0],
             query_embedding=embedding,
-            query_labels=torch.from_numpy(labels[:, 0]),
+            query_labels=labels[:, 0],
         )
 
     def batches(self, sampler: EpisodeSampler, batches: Iterator[Sequence[int]]) -> Iterator[EpisodeBatch]:
@@ -89,11 +88,19 @@ class EpisodeLoader:
             if ahead is not None:
                 yield ahead.result()
 
+    def _labels_of(self, ids: list[list[str]], episodes: Sequence[Episode]) -> np.ndarray:
+        return np.array(
+            [
+                [binary_label(self._label(i, v), e.class_id) for i, v in zip(row, e.views, strict=True)]
+                for row, e in zip(ids, episodes, strict=True)
+            ]
+        )
+
     def _label(self, image_id: str, view: int) -> np.ndarray:
         key = (image_id, view)
         label = self._labels.pop(key, None)
         if label is None:
-            label = draw_view(self.view_seed, image_id, view).label(self.dataset.label(image_id), self.res_px)
+            label = draw_view(self.view_seed, image_id, view).label(self.dataset.label(image_id), self.label_px)
         self._labels[key] = label
         if len(self._labels) > LABELS_KEPT:
             self._labels.popitem(last=False)
@@ -102,3 +109,8 @@ class EpisodeLoader:
 
 def _channels_first(features: np.ndarray) -> Tensor:
     return torch.from_numpy(features).movedim(-1, 1)
+
+
+def _mirror(x: Tensor, flips: Tensor) -> Tensor:
+    """Left and right exchanged (last axis) where `flips` is true; `flips` has the leading axes of `x`."""
+    return torch.where(flips.view(*flips.shape, *[1] * (x.ndim - flips.ndim)), x.flip(-1), x)

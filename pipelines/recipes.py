@@ -113,6 +113,8 @@ class Model:
     """A local SAM checkpoint instead of the publisher's."""
     variant: Literal["compact", "4d"] = "4d"
     """Dense prompt: the similarity map, or the 4D correlation's prior mask."""
+    contrast: bool = False
+    """Let the support's background weigh against its foreground in the 4D correlation."""
     semantic_prompt: bool = True
     """Semantic visual prompt as the sparse prompt."""
     distilled: bool = True
@@ -135,6 +137,12 @@ class Episodic:
     """Learning rate of new layers."""
     decoder_lr: float = paper.DECODER_LEARNING_RATE
     """Learning rate of the decoder."""
+    balanced: bool = False
+    """Draw the class of a training episode first, so that rare classes train as often as common ones."""
+    flip: bool = False
+    """Mirror cached features and labels at random, for encoders that take a mirrored image to mirrored features."""
+    label_px: int | None = None
+    """Side at which the loss is computed; the image's if none."""
     keep_novel: bool = False
     """Keep base images that hold novel pixels (as background), as HSNet does."""
 
@@ -185,17 +193,18 @@ def paper_recipe() -> Recipe:
 def offline_recipe() -> Recipe:
     """Nothing but the package index: EfficientNet-Lite0 learns from Lite2 at 400 px. README has its scores.
 
-    The decoder starts at random, so it learns at the rate of the new layers.
+    The decoder starts at random, so it learns faster than one of SAM's. Most of the images at hand show animals, hence
+    balanced classes; mirrored features are the one augmentation, as no sign of overfitting asked for stored views.
     """
     return Recipe(
         places=Places(data="data/VOCdevkit/VOC2012"),
-        encoding=Encoding(encoder="tf_efficientnet_lite0", res=400, num_views=3),
+        encoding=Encoding(encoder="tf_efficientnet_lite0", res=400, num_views=1),
         teaching=Teaching(teacher="tf_efficientnet_lite2"),
         extraction=Extraction(actors=2),
         workers=Workers(train_precision="bf16"),
         distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=5),
-        model=Model(embedding_channels=352, sam_decoder=None),
-        episodic=Episodic(steps=1000),
+        model=Model(embedding_channels=352, sam_decoder=None, contrast=True),
+        episodic=Episodic(steps=1000, decoder_lr=3e-4, balanced=True, flip=True, label_px=100),
         testing=Testing(),
     )
 

@@ -119,6 +119,8 @@ def make_sampler(settings: Settings, dataset: VocDataset) -> EpisodeSampler:
         seed=settings.workers.seed,
         training=True,
         num_views=settings.encoding.num_views,
+        balanced=settings.episodic.balanced,
+        flip=settings.episodic.flip,
     )
 
 
@@ -150,6 +152,7 @@ def build_segmenter(settings: Settings, late: FeatureStore, embedding: FeatureSt
             grid=late.fingerprint.grid,
             embedding_channels=embedding.fingerprint.channels,
             variant=model.variant,
+            contrast=model.contrast,
             semantic_prompt=model.semantic_prompt,
             sam_extras=model.sam_decoder is not None,
         )
@@ -176,7 +179,8 @@ def loop(config: dict[str, Any]) -> None:
     dataset, steps = config["dataset"], config["steps"]
     device, rank, world = training.set_up(config)
     late, embedding, adapter = (*open_inputs(settings, dataset.name)[:2], config["adapter"])
-    sampler, loader = make_sampler(settings, dataset), EpisodeLoader(dataset, late, embedding, settings.encoding.res)
+    sampler = make_sampler(settings, dataset)
+    loader = EpisodeLoader(dataset, late, embedding, settings.episodic.label_px or settings.encoding.res)
     segmenter = build_segmenter(settings, late, embedding, adapter).to(device)
     model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))
     optimiser = torch.optim.AdamW(parameter_groups(segmenter, settings), weight_decay=training.paper.WEIGHT_DECAY)

@@ -13,7 +13,7 @@ def plain_prior(module, support, weights, query):
     batch, shots = support.shape[:2]
     reduced = []
     for k in range(shots):
-        f_s = F.normalize(support[:, k], dim=1) * weights[:, k, None]
+        f_s = F.normalize(support[:, k], dim=1) * module.position_weights(weights[:, k])[:, None]
         f_q = F.normalize(query, dim=1)
         s4d = torch.einsum("bchw,bcxy->bxyhw", f_s, f_q)  # b Hq Wq Hs Ws
         as_image = s4d.flatten(3).permute(0, 3, 1, 2)  # support positions are channels
@@ -24,9 +24,10 @@ def plain_prior(module, support, weights, query):
 
 @pytest.mark.parametrize("grid", [4, 5, 9])
 @pytest.mark.parametrize("shots", [1, 3])
-def test_fused_correlation_equals_the_plain_one(grid, shots):
+@pytest.mark.parametrize("contrast", [False, True])
+def test_fused_correlation_equals_the_plain_one(grid, shots, contrast):
     torch.manual_seed(grid)
-    module = CorrelationPrior(grid, channels=16).double()
+    module = CorrelationPrior(grid, channels=16, contrast=contrast).double()
     support, query = torch.randn(2, shots, 12, grid, grid).double(), torch.randn(2, 12, grid, grid).double()
     weights = mask_to_grid((torch.rand(2 * shots, 40, 40) > 0.5).double(), grid).unflatten(0, (2, shots))
     kernel = torch.stack([module.kernel(support[:, k], weights[:, k]) for k in range(shots)]).mean(0)
@@ -41,9 +42,12 @@ def test_a_fresh_correlation_lets_the_decoder_see_the_support():
     """Under PyTorch's default start the prior varied by 0.009 within an image: training began blind."""
     torch.manual_seed(0)
     module = CorrelationPrior(9)
-    late = torch.randn(4, 32, 9, 9)
-    weights = mask_to_grid((torch.rand(4, 40, 40) > 0.5).float(), 9)
-    prior = module(module.kernel(late, weights), late.flip(0), torch.zeros(4, 1, 9, 9))
+    weights = torch.zeros(4, 9, 9)
+    weights[:, 2:6, 3:7] = 1
+    of_class, of_rest = torch.randn(2, 4, 32, 1, 1)
+    late = torch.where(weights[:, None] > 0, of_class, of_rest) + 0.5 * torch.randn(4, 32, 9, 9)
+    similarity = prototype_similarity(masked_mean(late, weights), late)
+    prior = module(module.kernel(late, weights), late, similarity)
     assert prior.std((1, 2, 3)).min() > 0.1
 
 
@@ -55,3 +59,14 @@ def test_positions_outside_the_mask_leave_no_trace():
     weights[:, 2:4, 2:4] = 1
     other = torch.where(weights[:, None] > 0, late, torch.randn_like(late))
     torch.testing.assert_close(module.kernel(late, weights), module.kernel(other, weights))
+
+
+def test_position_weights_have_one_total_whatever_the_size_of_the_object():
+    weights = torch.zeros(2, 4, 4)
+    weights[0, 0, 0], weights[1, :2] = 0.5, 1
+    masked = CorrelationPrior(4, channels=8).position_weights(weights)
+    torch.testing.assert_close(masked.sum((1, 2)), torch.full((2,), 4.0))
+    against = CorrelationPrior(4, channels=8, contrast=True).position_weights(weights)
+    torch.testing.assert_close(against[1, 0, 0], torch.tensor(0.5))
+    torch.testing.assert_close(against[1, 3, 0], torch.tensor(-0.5))
+    torch.testing.assert_close(against.sum((1, 2)), torch.zeros(2), atol=1e-6, rtol=0)

@@ -31,6 +31,19 @@ def test_training_draws_every_view():
     assert {v for i in range(100) for v in sampler(training=True).episode(i).views} == {0, 1, 2, 3}
 
 
+def test_balanced_training_draws_every_class_alike():
+    images = {f"image{i}": [1 if i < 30 else 2] for i in range(40)}
+    balanced = EpisodeSampler(images, shots=1, fold=0, seed=0, training=True, balanced=True)
+    share = sum(balanced.episode(i).class_id == 2 for i in range(1000)) / 1000
+    assert 0.45 < share < 0.55
+
+
+def test_half_of_the_images_are_mirrored_in_training_and_none_in_tests():
+    flips = [f for i in range(300) for f in sampler(training=True, flip=True).episode(i).flips]
+    assert 0.45 < sum(flips) / len(flips) < 0.55
+    assert not any(f for i in range(50) for f in sampler().episode(i).flips)
+
+
 def test_an_episode_depends_on_seed_fold_and_index_alone():
     one, other = sampler(training=True), sampler(training=True)
     backwards = [other.episode(i) for i in reversed(range(50))]

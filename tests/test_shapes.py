@@ -20,7 +20,7 @@ def test_twelve_classes_make_four_folds_that_each_have_test_and_training_images(
     assert len(CLASSES) == len(set(CLASSES)) == 12
     assert sorted(c for fold in range(4) for c in dataset.novel(fold)) == list(range(1, 13))
     for fold in range(4):
-        assert len(dataset.test_images(fold)) > 10 and len(dataset.training_images(fold)) > 10
+        assert len(dataset.test_images(fold)) >= 10 and len(dataset.training_images(fold)) >= 10
 
 
 def test_images_hold_several_classes_at_very_different_sizes_with_void_borders():

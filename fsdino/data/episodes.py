@@ -16,19 +16,21 @@ TRAIN, TEST = 0, 1
 
 @dataclass(frozen=True)
 class Episode:
-    """Image ids; `views` holds the query's view, then those of the supports."""
+    """Image ids; `views` holds the query's view, then those of the supports, and `flips` likewise."""
 
     class_id: int
     query: str
     supports: tuple[str, ...]
     views: tuple[int, ...]
+    flips: tuple[bool, ...]
 
 
 class EpisodeSampler:
     """Episodes over images that are each annotated with the classes that count in them.
 
     Test episodes go through the query images in order and draw the class among those in the image, as PFENet does.
-    Training draws the query uniformly and every image's view too. Supports are distinct and never the query.
+    Training draws the query uniformly, or the class first (`balanced`), every image's view, and whether its features
+    are mirrored (`flip`). Supports are distinct and never the query.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class EpisodeSampler:
         seed: int,
         training: bool,
         num_views: int = 1,
+        balanced: bool = False,
+        flip: bool = False,
     ):
         self.images = sorted(images)
         self.by_class: dict[int, list[str]] = {}
@@ -54,14 +58,20 @@ class EpisodeSampler:
                 f"got {counts}; use fewer shots or more images"
             )
         self.classes = {image_id: sorted(images[image_id]) for image_id in self.images}
-        self.shots, self.fold, self.seed, self.training, self.num_views = shots, fold, seed, training, num_views
+        self.shots, self.fold, self.seed, self.training = shots, fold, seed, training
+        self.num_views, self.balanced, self.flip = num_views, balanced, flip
 
     def episode(self, index: int) -> Episode:
         """The episode of that index."""
         rng = np.random.default_rng([self.seed, self.fold, TRAIN if self.training else TEST, index])
-        query = self.images[rng.integers(len(self.images)) if self.training else index % len(self.images)]
-        class_id = self.classes[query][rng.integers(len(self.classes[query]))]
+        if self.balanced:
+            class_id = sorted(self.by_class)[rng.integers(len(self.by_class))]
+            query = self.by_class[class_id][rng.integers(len(self.by_class[class_id]))]
+        else:
+            query = self.images[rng.integers(len(self.images)) if self.training else index % len(self.images)]
+            class_id = self.classes[query][rng.integers(len(self.classes[query]))]
         others = [image_id for image_id in self.by_class[class_id] if image_id != query]
         supports = tuple(others[i] for i in rng.choice(len(others), self.shots, replace=False))
         views = tuple(int(v) for v in rng.integers(self.num_views, size=1 + self.shots))
-        return Episode(class_id=class_id, query=query, supports=supports, views=views)
+        flips = tuple(bool(f) for f in rng.random(1 + self.shots) < (0.5 if self.flip else 0))
+        return Episode(class_id=class_id, query=query, supports=supports, views=views, flips=flips)
