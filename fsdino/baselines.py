@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fsdino.prompts import mask_to_grid, masked_mean, prototype_similarity
+from fsdino.prompts import EPS, contrast_prototype, mask_to_grid, masked_mean, prototype_similarity
 
 TOP_K = 5
 
@@ -13,15 +13,22 @@ TOP_K = 5
 def prototype_logits(
     late: Float[Tensor, "b k c g g"], masks: Float[Tensor, "b k h w"], query: Float[Tensor, "b c g g"]
 ) -> Float[Tensor, "b 1 g g"]:
-    """Cosine with the foreground prototype minus cosine with the background prototype (above 0: the class).
+    """The method's own similarity map (PCS, Eq. 2), stretched to [0, 1] within the image, minus one half.
 
-    Each prototype is the masked mean over all shots, as in PANet.
+    Minimum and maximum as in PFENet's prior mask: a fixed threshold on cosines fits no two classes alike.
     """
-    weights = mask_to_grid(masks.flatten(0, 1).to(late.dtype), late.shape[-1]).unflatten(0, masks.shape[:2])
-    support = late.transpose(1, 2).flatten(3).flatten(2)[..., None]  # b c (k g g) 1: one long map of all shots
-    weights = weights.flatten(1)[..., None]
-    foreground = prototype_similarity(masked_mean(support, weights), query)
-    return foreground - prototype_similarity(masked_mean(support, 1 - weights), query)
+    support, weights = _one_map(late, masks)
+    similarity = prototype_similarity(masked_mean(support, weights), query)
+    low, high = similarity.amin((-2, -1), keepdim=True), similarity.amax((-2, -1), keepdim=True)
+    return (similarity - low) / (high - low).clamp_min(EPS) - 0.5
+
+
+def contrast_logits(
+    late: Float[Tensor, "b k c g g"], masks: Float[Tensor, "b k h w"], query: Float[Tensor, "b c g g"]
+) -> Float[Tensor, "b 1 g g"]:
+    """Nearer to the foreground's prototype than to the background's (above 0), as in PANet."""
+    support, weights = _one_map(late, masks)
+    return prototype_similarity(contrast_prototype(support, weights), query)
 
 
 def nearest_logits(
@@ -32,9 +39,9 @@ def nearest_logits(
     A support position is foreground where the mask covers half of it; at least five count on either side, those
     with most (least) of it.
     """
-    weights = mask_to_grid(masks.flatten(0, 1).to(late.dtype), late.shape[-1]).unflatten(0, masks.shape[:2]).flatten(1)
-    support = F.normalize(late.transpose(1, 2).flatten(2), dim=1)
-    cosine = torch.einsum("bcq,bcs->bqs", F.normalize(query, dim=1).flatten(2), support)
+    support, soft = _one_map(late, masks)
+    weights = soft[:, 0]
+    cosine = torch.einsum("bcq,bcs->bqs", F.normalize(query, dim=1).flatten(2), F.normalize(support[:, :, 0], dim=1))
     order = weights.argsort(1)
     foreground = (weights >= 0.5).scatter(1, order[:, -TOP_K:], True)
     background = (weights < 0.5).scatter(1, order[:, :TOP_K], True)
@@ -43,3 +50,11 @@ def nearest_logits(
         return cosine.masked_fill(~allowed[:, None], -2).topk(TOP_K, dim=2).values.mean(2)
 
     return (nearest(foreground) - nearest(background)).unflatten(1, query.shape[-2:])[:, None]
+
+
+def _one_map(
+    late: Float[Tensor, "b k c g g"], masks: Float[Tensor, "b k h w"]
+) -> tuple[Float[Tensor, "b c 1 n"], Float[Tensor, "b 1 n"]]:
+    """All shots as one long map of n = k g g positions, and their mask weights."""
+    weights = mask_to_grid(masks.flatten(0, 1).to(late.dtype), late.shape[-1]).unflatten(0, masks.shape[:2])
+    return late.transpose(1, 2).flatten(2)[:, :, None], weights.flatten(1)[:, None]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fsdino import paper
-from fsdino.prompts import EPS, standardise
+from fsdino.prompts import EPS, to_unit_scale
 
 
 class CorrelationPrior(nn.Module):
@@ -25,7 +25,7 @@ class CorrelationPrior(nn.Module):
 
     The paper names neither activations, start, nor scale. With PyTorch's default start the prior of a fresh module
     varies by 0.01 within an image, so the decoder sees nothing of the support and learns to do without it. Hence
-    ReLU and He's start, support weights of fixed total, and a similarity map standardised within its image.
+    ReLU and He's start, support weights of fixed total, and a similarity map of unit scale within its image.
 
     `contrast` lets the support's background weigh against its foreground; without it only the masked support counts.
     """
@@ -78,11 +78,12 @@ class CorrelationPrior(nn.Module):
         self, reduced: Float[Tensor, "b k g g"], similarity: Float[Tensor, "b 1 g g"]
     ) -> Float[Tensor, "b 1 m m"]:
         """Everything after the first convolution, shared by the fused form and by its plain reference."""
+        evidence = to_unit_scale(similarity, centre=not self.contrast)
         s1 = F.relu(self.query_reduce(reduced))  # b (support positions) h h
         h = self.half
         s2 = s1.flatten(2).transpose(1, 2).unflatten(2, (h, h))  # b (query positions) h h, support axes spatial
         along_support = self.pointwise(s2).flatten(2).transpose(1, 2).unflatten(2, (h, h))
-        x = self.depthwise(s1) + along_support + F.adaptive_avg_pool2d(standardise(similarity), h)
+        x = self.depthwise(s1) + along_support + F.adaptive_avg_pool2d(evidence, h)
         for conv, side in zip(self.head[:-1], (self.grid, 2 * self.grid), strict=True):
             x = F.relu(conv(x))
             x = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)

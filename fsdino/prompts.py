@@ -28,11 +28,24 @@ def prototype_similarity(
     return (F.normalize(query, dim=1) * F.normalize(prototype, dim=1)[..., None, None]).sum(1, keepdim=True)
 
 
-def standardise(similarity: Float[Tensor, "b 1 g g"]) -> Float[Tensor, "b 1 g g"]:
-    """The map with mean 0 and deviation 1 within each image: cosines of one image differ by little, and about a mean
-    that tells of the images rather than of the class. A constant map becomes 0."""
-    centred = similarity - similarity.mean((-2, -1), keepdim=True)
-    return centred / centred.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-4)
+def contrast_prototype(
+    features: Float[Tensor, "b c h w"], weights: Float[Tensor, "b h w"]
+) -> Float[Tensor, "b c"]:
+    """Direction from the background's prototype to the foreground's, both of unit length: a query position has a
+    positive cosine with it exactly if it resembles the object more than the object's surroundings."""
+    foreground, background = masked_mean(features, weights), masked_mean(features, 1 - weights)
+    return F.normalize(foreground, dim=1) - F.normalize(background, dim=1)
+
+
+def to_unit_scale(similarity: Float[Tensor, "b 1 g g"], centre: bool) -> Float[Tensor, "b 1 g g"]:
+    """The map with mean square 1 within each image, its mean taken off first if `centre`.
+
+    Cosines with one prototype differ by little, about a mean that tells of the image rather than of the class.
+    A constant map becomes 0 if centred.
+    """
+    if centre:
+        similarity = similarity - similarity.mean((-2, -1), keepdim=True)
+    return similarity / similarity.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-4)
 
 
 class SemanticVisualPrompt(nn.Module):

@@ -16,7 +16,13 @@ from fsdino import checkpoint, paper
 from fsdino.adapter import BottleneckAdapter
 from fsdino.correlation import CorrelationPrior
 from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
-from fsdino.prompts import SemanticVisualPrompt, mask_to_grid, masked_mean, prototype_similarity
+from fsdino.prompts import (
+    SemanticVisualPrompt,
+    contrast_prototype,
+    mask_to_grid,
+    masked_mean,
+    prototype_similarity,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class SegmenterConfig:
     variant: Literal["compact", "4d"] = "4d"
     """compact: the similarity map prompts the decoder. 4d: the prior mask of the 4D correlation does."""
     contrast: bool = False
-    """Let the support's background weigh against its foreground in the 4D correlation."""
+    """Let the support's background weigh against its foreground, in prototype and correlation; off: the paper's."""
     semantic_prompt: bool = True
     """SVP as the sparse prompt; off means SAM's empty one (Table 4, first row)."""
     sam_extras: bool = True
@@ -88,12 +94,13 @@ class Segmenter(nn.Module):
         def mean_over_shots(x: Tensor) -> Tensor:
             return x.unflatten(0, (batch, shots)).mean(1)
 
+        prototype = contrast_prototype if self.config.contrast else masked_mean
         if self.prompt is None:
             prompt = flat.new_zeros(batch, 0, self.config.embedding_channels)
         else:
             prompt = mean_over_shots(self.prompt(flat, weights))
         return SupportEncoding(
-            prototype=mean_over_shots(masked_mean(flat, weights)),
+            prototype=mean_over_shots(prototype(flat, weights)),
             prompt=prompt,
             kernel=None if self.correlation is None else mean_over_shots(self.correlation.kernel(flat, weights)),
         )

@@ -119,7 +119,7 @@ def loop(config: dict[str, Any]) -> None:
         for at in range(0, len(held_out), distillation.distill_batch):
             x, y = pairs(store, held_out[at : at + distillation.distill_batch])
             target = torch.nn.functional.interpolate(y, size=x.shape[-2:], mode="area")
-            with training.autocast(config, device):
+            with training.autocast(settings.workers, device):
                 predicted = adapter(x).float()
             squared += float(((predicted - target) ** 2).sum())
             count += target.numel()
@@ -151,7 +151,7 @@ def loop(config: dict[str, Any]) -> None:
             offset = epoch * per_epoch * distillation.distill_batch
             x, y = pairs(store, [order[i - offset] for i in indices])
             optimiser.param_groups[0]["lr"] = distillation.distill_lr * training.poly(step, steps)
-            with training.autocast(config, device):
+            with training.autocast(settings.workers, device):
                 predicted = model(x)
             loss = distillation_loss(predicted, y)
             optimiser.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ Cost: 1,000 episodes of the offline recipe take 2 minutes on two cores.
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from feature_store import FeatureStore
-from fsdino.baselines import nearest_logits, prototype_logits
+from fsdino import baselines
 from fsdino.checkpoint import files as checkpoint_files
 from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.voc import VocDataset, binary_label
@@ -51,8 +52,8 @@ class Settings:
     """The fold to test: 0 to 3."""
     shots: int = 1
     """Supports in an episode."""
-    method: Literal["segmenter", "prototype", "nearest"] = "segmenter"
-    """The trained segmenter of --variant, or a baseline without training on the same features."""
+    method: Literal["segmenter", "prototype", "contrast", "nearest"] = "segmenter"
+    """The trained segmenter of --variant, or a baseline without training (fsdino/baselines.py) on the same features."""
     checkpoint: str = ""
     """Checkpoint folder; that of train_episodic for this fold and variant if empty."""
     panel: str = ""
@@ -73,15 +74,11 @@ def job(settings: Settings) -> dict[str, Any]:
     late = FeatureStore(stages.store_url(places.store, dataset.name, "late", res), {"feature": "late", "res_px": res})
     device = torch.device("cuda" if settings.workers.gpu else "cpu")
     embedding = None
-    predict: Callable[[EpisodeBatch], Prediction] = _training_free(settings.method)
     if settings.method == "segmenter":
         segmenter, embedding = open_segmenter(settings, dataset.name, late)
-        segmenter.to(device)
-
-        def predict(batch: EpisodeBatch) -> Prediction:
-            support = segmenter.encode_support(batch.support_late, batch.support_masks)
-            return segmenter.segment(batch.query_late, batch.query_embedding, support)
-
+        predict = trained(segmenter.to(device), training.autocast(settings.workers, device))
+    else:
+        predict = training_free(settings.method)
     loader = EpisodeLoader(dataset, late, embedding, res)
     identity = training.identity_of(testing=settings.testing, model=settings.model, encoding=settings.encoding)
     identity |= {"fold": settings.fold, "shots": settings.shots, "method": variant, "protocol": dataset.protocol}
@@ -166,8 +163,24 @@ def at_size(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)[0, 0]
 
 
-def _training_free(method: str) -> Callable[[EpisodeBatch], Prediction]:
-    logits = prototype_logits if method == "prototype" else nearest_logits
+def trained(segmenter: Segmenter, precision: AbstractContextManager) -> Callable[[EpisodeBatch], Prediction]:
+    """The segmenter as a function of a batch, at the precision it was trained with."""
+
+    def predict(batch: EpisodeBatch) -> Prediction:
+        with precision:
+            support = segmenter.encode_support(batch.support_late, batch.support_masks)
+            return segmenter.segment(batch.query_late, batch.query_embedding, support)
+
+    return predict
+
+
+def training_free(method: str) -> Callable[[EpisodeBatch], Prediction]:
+    """A baseline as a function of a batch."""
+    logits = {
+        "prototype": baselines.prototype_logits,
+        "contrast": baselines.contrast_logits,
+        "nearest": baselines.nearest_logits,
+    }[method]
 
     def predict(batch: EpisodeBatch) -> Prediction:
         found = logits(batch.support_late, batch.support_masks, batch.query_late)

@@ -114,7 +114,7 @@ class Model:
     variant: Literal["compact", "4d"] = "4d"
     """Dense prompt: the similarity map, or the 4D correlation's prior mask."""
     contrast: bool = False
-    """Let the support's background weigh against its foreground in the 4D correlation."""
+    """Let the support's background weigh against its foreground, in prototype and correlation; off: the paper's."""
     semantic_prompt: bool = True
     """Semantic visual prompt as the sparse prompt."""
     distilled: bool = True
@@ -202,7 +202,7 @@ def offline_recipe() -> Recipe:
         teaching=Teaching(teacher="tf_efficientnet_lite2"),
         extraction=Extraction(actors=2),
         workers=Workers(train_precision="bf16"),
-        distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=5),
+        distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=3),
         model=Model(embedding_channels=352, sam_decoder=None, contrast=True),
         episodic=Episodic(steps=1000, decoder_lr=3e-4, balanced=True, flip=True, label_px=100),
         testing=Testing(),

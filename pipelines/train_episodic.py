@@ -198,7 +198,7 @@ def loop(config: dict[str, Any]) -> None:
     for done, batch in enumerate(loader.batches(sampler, indices), start=first + 1):
         for group in optimiser.param_groups:
             group["lr"] = group["initial_lr"] * training.poly(done - 1, steps)
-        with training.autocast(config, device):
+        with training.autocast(settings.workers, device):
             parts = model(batch.to(device))
         optimiser.zero_grad(set_to_none=True)
         parts["loss"].backward()

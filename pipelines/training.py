@@ -145,9 +145,9 @@ def set_up(config: dict[str, Any]) -> tuple[torch.device, int, int]:
     return ray.train.torch.get_device(), rank, world
 
 
-def autocast(config: dict[str, Any], device: torch.device) -> AbstractContextManager:
+def autocast(workers: Workers, device: torch.device) -> AbstractContextManager:
     """bf16 autocast if the settings ask for it."""
-    if config["workers"].train_precision == "bf16":
+    if workers.train_precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
