@@ -1,10 +1,10 @@
 """Features of images, computed once, kept in sharded Zarr v3 arrays that any Zarr reader can open.
 
-    writer = create(url, fingerprint, rows)   # once, by the driver
-    writer.write(shard, features)             # by any process, one shard each
-    writer.seal()                             # all shards there: manifest, then readable
-    store = FeatureStore(url, expect={"feature": "late"})
-    store.read(store.rows(["2007_000033"], [0]))
+writer = create(url, fingerprint, rows)   # once, by the driver
+writer.write(shard, features)             # by any process, one shard each
+writer.seal()                             # all shards there: manifest, then readable
+store = FeatureStore(url, expect={"feature": "late"})
+store.read(store.rows(["2007_000033"], [0]))
 """
 
 from feature_store.errors import StoreError

@@ -36,7 +36,9 @@ class FeatureStore:
         self.fingerprint = Fingerprint.of_record(dict(array.attrs))
         differing = self.fingerprint.differences(self.expect)
         if differing:
-            raise StoreError(f"{self.url}: the store was made otherwise ({'; '.join(differing)}); extract it anew elsewhere")
+            raise StoreError(
+                f"{self.url}: the store was made otherwise ({'; '.join(differing)}); extract it anew elsewhere"
+            )
         try:
             table = manifest.read_table(files.read_bytes(self.url, layout.MANIFEST))
         except FileNotFoundError:

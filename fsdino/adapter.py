@@ -41,7 +41,7 @@ class BottleneckAdapter(nn.Module):
         return self.widen(tokens.transpose(1, 2).unflatten(2, grid))
 
     def save(self, folder: str | Path, **origin: Any) -> None:
-        """Write `adapter.safetensors` and `adapter.json`: its channels, and `origin` (JSON about where it comes from)."""
+        """Write `adapter.safetensors` and `adapter.json`: its channels, and `origin` (JSON on where it comes from)."""
         channels = {"in_channels": self.reduce.in_channels, "out_channels": self.widen.out_channels}
         checkpoint.save(folder, "adapter", self.state_dict(), {"config": channels, **origin})
 

@@ -37,7 +37,9 @@ def read(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, An
         record = json.loads(description.read_text())
         state = load_file(tensors)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder}: expected a checkpoint with {name}.json, found none ({error.filename}); train it first") from None
+        raise UserError(
+            f"{folder}: expected a checkpoint with {name}.json, found none ({error.filename}); train it first"
+        ) from None
     if record.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{description}: expected format version {FORMAT_VERSION}, got {record.get('format_version')}; "

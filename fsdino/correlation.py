@@ -33,23 +33,25 @@ class CorrelationPrior(nn.Module):
     def __init__(self, grid: int, channels: int = paper.CORRELATION_CHANNELS, contrast: bool = False):
         super().__init__()
         self.grid, self.contrast = grid, contrast
-        self.half = math.ceil(grid / 2)
-        positions = self.half**2
+        self.reduced_grid = math.ceil(grid / 2)
+        positions = self.reduced_grid**2
         wide, mid = paper.PRIOR_HEAD_WIDTHS
         self.support_reduce = nn.Conv2d(grid**2, channels, 1)
         self.query_reduce = nn.Conv2d(channels, positions, 3, stride=2, padding=1)
         self.depthwise = nn.Conv2d(positions, positions, 3, padding=1, groups=positions)
         self.pointwise = nn.Conv2d(positions, positions, 1)
         self.head = nn.ModuleList(
-            [nn.Conv2d(positions, wide, 3, padding=1), nn.Conv2d(wide, mid, 3, padding=1), nn.Conv2d(mid, 1, 3, padding=1)]
+            [
+                nn.Conv2d(positions, wide, 3, padding=1),
+                nn.Conv2d(wide, mid, 3, padding=1),
+                nn.Conv2d(mid, 1, 3, padding=1),
+            ]
         )
         for conv in (self.support_reduce, self.query_reduce, self.depthwise, self.pointwise, *self.head):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is self.head[-1] else "relu")
             nn.init.zeros_(conv.bias)
 
-    def kernel(
-        self, late: Float[Tensor, "b c g g"], weights: Float[Tensor, "b g g"]
-    ) -> Float[Tensor, "b k c"]:
+    def kernel(self, late: Float[Tensor, "b c g g"], weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b k c"]:
         """`W F_s` of one support image each; the mean over shots is the kernel of the shots together."""
         masked = F.normalize(late, dim=1) * self.position_weights(weights)[:, None]
         return torch.einsum("kp,bcp->bkc", self.support_reduce.weight[:, :, 0, 0], masked.flatten(2))
@@ -71,7 +73,9 @@ class CorrelationPrior(nn.Module):
     ) -> Float[Tensor, "b 1 m m"]:
         """Prior logits with m = 4g."""
         cosine = torch.einsum("bkc,bcp->bkp", kernel, F.normalize(query, dim=1).flatten(2))
-        reduced = cosine.unflatten(2, query.shape[-2:]) + self.support_reduce.bias[:, None, None]
+        bias = self.support_reduce.bias
+        assert bias is not None
+        reduced = cosine.unflatten(2, query.shape[-2:]) + bias[:, None, None]
         return self.decode(F.relu(reduced), similarity)
 
     def decode(
@@ -80,7 +84,7 @@ class CorrelationPrior(nn.Module):
         """Everything after the first convolution, shared by the fused form and by its plain reference."""
         evidence = to_unit_scale(similarity, centre=not self.contrast)
         s1 = F.relu(self.query_reduce(reduced))  # b (support positions) h h
-        h = self.half
+        h = self.reduced_grid
         s2 = s1.flatten(2).transpose(1, 2).unflatten(2, (h, h))  # b (query positions) h h, support axes spatial
         along_support = self.pointwise(s2).flatten(2).transpose(1, 2).unflatten(2, (h, h))
         x = self.depthwise(s1) + along_support + F.adaptive_avg_pool2d(evidence, h)

@@ -4,7 +4,7 @@ A new timm backbone is one class here and one line in `build_encoder`.
 """
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import timm
 import torch
@@ -44,19 +44,23 @@ class Encoder(Protocol):
         """Side of the feature grid for a square input; UserError if the encoder cannot take that side."""
         ...
 
-    def __call__(self, x: Float[Tensor, "b 3 r r"]) -> Features: ...
+    def __call__(self, x: Float[Tensor, "b 3 r r"]) -> Features:
+        """Features of a normalised batch."""
+        ...
 
 
 class DinoV2Encoder(nn.Module):
     """A DINOv2 ViT of timm: `early` is block 3 (index 2) before the final norm, `late` the last block after it."""
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    vit: Any
 
-    def __init__(self, vit: nn.Module, name: str):
+    def __init__(self, vit: Any, name: str):
         super().__init__()
         self.vit = vit.eval().requires_grad_(False)
         self.name = name
-        self.early_channels = self.late_channels = vit.embed_dim
+        self.early_channels: int = vit.embed_dim
+        self.late_channels: int = vit.embed_dim
         self.patch_px = vit.patch_embed.patch_size[0]
         self.early_index = min(paper.EARLY_LAYER, len(vit.blocks)) - 1
         self.layers = f"early=block{self.early_index} late=block{len(vit.blocks) - 1}+norm"
@@ -64,8 +68,9 @@ class DinoV2Encoder(nn.Module):
 
     def grid(self, res_px: int) -> int:
         """Patches along a side."""
-        if res_px % self.patch_px:
-            raise UserError(f"--res {res_px}: {self.name} needs a multiple of {self.patch_px}; {res_px - res_px % self.patch_px} is one")
+        below = res_px - res_px % self.patch_px
+        if below != res_px:
+            raise UserError(f"--res {res_px}: {self.name} needs a multiple of {self.patch_px}; {below} is one")
         return res_px // self.patch_px
 
     def forward(self, x: Float[Tensor, "b 3 r r"]) -> Features:
@@ -103,6 +108,7 @@ class EfficientNetLiteEncoder(nn.Module):
     """
 
     mean = std = (0.5, 0.5, 0.5)
+    net: Any
     layers = "early=stride8 late=stride16,stride32, each L2-normalised"
 
     def __init__(self, model_name: str):
@@ -151,7 +157,9 @@ def build_encoder(name: str, weights: str | None = None, seed: int = 0) -> Encod
         return DinoV2Encoder(_tiny_vit(seed), f"tiny_vit-{seed}")
     if name in ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"):
         return EfficientNetLiteEncoder(name)
-    known = ", ".join([*DINOV2_TIMM, "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "tiny_vit"])
+    known = ", ".join(
+        [*DINOV2_TIMM, "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "tiny_vit"]
+    )
     raise UserError(f"--encoder {name}: no such encoder; known are {known}")
 
 
@@ -160,10 +168,10 @@ def _dinov2_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key != "mask_token"}
 
 
-def _tiny_vit(seed: int) -> nn.Module:
+def _tiny_vit(seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = timm.models.vision_transformer.VisionTransformer(
+        vit: Any = timm.models.vision_transformer.VisionTransformer(
             img_size=56, patch_size=14, embed_dim=48, depth=4, num_heads=4, init_values=1.0, num_classes=0
         )
         # timm starts positions near zero; these make them count, as in a trained network.

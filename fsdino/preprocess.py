@@ -45,7 +45,9 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w
     # A palette's colours are names, not values: index 0 is the background whatever its colour.
     mask = np.array(image if image.mode in ("P", "L") else image.convert("L")) > 0
     if not mask.any():
-        raise UserError(f"{path}: expected at least one foreground pixel, got none; mark the object with a value above 0")
+        raise UserError(
+            f"{path}: expected at least one foreground pixel, got none; mark the object with a value above 0"
+        )
     return mask.astype(np.uint8)
 
 

@@ -21,16 +21,12 @@ def masked_mean(features: Float[Tensor, "b c h w"], weights: Float[Tensor, "b h 
     return (features * weights[:, None]).sum((-2, -1)) / total[:, None]
 
 
-def prototype_similarity(
-    prototype: Float[Tensor, "b c"], query: Float[Tensor, "b c g g"]
-) -> Float[Tensor, "b 1 g g"]:
+def prototype_similarity(prototype: Float[Tensor, "b c"], query: Float[Tensor, "b c g g"]) -> Float[Tensor, "b 1 g g"]:
     """PCS: cosine of the prototype with every query position, in [-1, 1] (Eq. 2)."""
     return (F.normalize(query, dim=1) * F.normalize(prototype, dim=1)[..., None, None]).sum(1, keepdim=True)
 
 
-def contrast_prototype(
-    features: Float[Tensor, "b c h w"], weights: Float[Tensor, "b h w"]
-) -> Float[Tensor, "b c"]:
+def contrast_prototype(features: Float[Tensor, "b c h w"], weights: Float[Tensor, "b h w"]) -> Float[Tensor, "b c"]:
     """Direction from the background's prototype to the foreground's, both of unit length: a query position has a
     positive cosine with it exactly if it resembles the object more than the object's surroundings."""
     foreground, background = masked_mean(features, weights), masked_mean(features, 1 - weights)

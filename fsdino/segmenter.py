@@ -80,9 +80,7 @@ class Segmenter(nn.Module):
         """The stand-in for SAM's image embedding; training reads it baked from the feature store."""
         return self.adapter(early)
 
-    def encode_support(
-        self, late: Float[Tensor, "b k c g g"], masks: Float[Tensor, "b k h w"]
-    ) -> SupportEncoding:
+    def encode_support(self, late: Float[Tensor, "b k c g g"], masks: Float[Tensor, "b k h w"]) -> SupportEncoding:
         """Encode K shots of B classes. `masks` are 0/1 at any size; each needs at least one set pixel.
 
         Every part is the mean over shots of single-shot encodings, so K copies of one support equal one.
@@ -114,7 +112,10 @@ class Segmenter(nn.Module):
             prior = None
             assert self.similarity_scale is not None
             dense_logits = F.interpolate(
-                self.similarity_scale * similarity, scale_factor=paper.PRIOR_UPSCALE, mode="bilinear", align_corners=False
+                self.similarity_scale * similarity,
+                scale_factor=paper.PRIOR_UPSCALE,
+                mode="bilinear",
+                align_corners=False,
             )
         else:
             assert support.kernel is not None
@@ -124,7 +125,7 @@ class Segmenter(nn.Module):
         return Prediction(prior_logits=prior, mask_logits=mask)
 
     def save(self, folder: str | Path, **origin) -> None:
-        """Write `segmenter.safetensors` and `segmenter.json`: the config, and `origin` (JSON about where it comes from)."""
+        """Write `segmenter.safetensors` and `segmenter.json`: config, and `origin` (JSON on where it comes from)."""
         checkpoint.save(folder, "segmenter", self.state_dict(), {"config": asdict(self.config), **origin})
 
     @classmethod

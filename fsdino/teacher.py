@@ -1,7 +1,7 @@
 """Frozen teachers: the image embedding that the adapter learns to imitate (Sec. 3.3)."""
 
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import timm
 import torch
@@ -11,7 +11,6 @@ from segment_anything.build_sam import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
-from fsdino import paper
 from fsdino.encoder import IMAGENET_MEAN, IMAGENET_STD
 from fsdino.errors import UserError
 from fsdino.weights import efficientnet_lite_state, load_state, state_digest
@@ -36,7 +35,9 @@ class Teacher(Protocol):
         """Side of the embedding for an input of `input_px(res_px)`."""
         ...
 
-    def __call__(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b e t t"]: ...
+    def __call__(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b e t t"]:
+        """The embedding of a normalised batch."""
+        ...
 
 
 class SamTeacher(nn.Module):
@@ -45,13 +46,14 @@ class SamTeacher(nn.Module):
     # SAM states these on the 0-255 scale: 123.675 116.28 103.53 and 58.395 57.12 57.375.
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     layers = "neck"
+    image_encoder: Any
 
-    def __init__(self, image_encoder: nn.Module, name: str):
+    def __init__(self, image_encoder: Any, name: str):
         super().__init__()
         self.image_encoder = image_encoder.eval().requires_grad_(False)
         self.name = name
-        self.side_px = image_encoder.img_size
-        self.channels = image_encoder.neck[-1].weight.shape[0]
+        self.side_px: int = image_encoder.img_size
+        self.channels: int = image_encoder.neck[-1].weight.shape[0]
         self.digest = state_digest(image_encoder)
 
     def input_px(self, res_px: int) -> int:
@@ -72,6 +74,7 @@ class EfficientNetLiteTeacher(nn.Module):
 
     mean = std = (0.5, 0.5, 0.5)
     layers = "stride32, channel layer norm"
+    net: Any
 
     def __init__(self, model_name: str):
         super().__init__()
@@ -79,7 +82,7 @@ class EfficientNetLiteTeacher(nn.Module):
         self.net = timm.create_model(model_name, pretrained=False, features_only=True, out_indices=(4,))
         self.net.load_state_dict(efficientnet_lite_state(model_name, self.net))
         self.net.eval().requires_grad_(False)
-        self.channels = self.net.feature_info.channels()[-1]
+        self.channels: int = self.net.feature_info.channels()[-1]
         self.digest = state_digest(self.net)
 
     def input_px(self, res_px: int) -> int:
@@ -112,7 +115,9 @@ def build_teacher(name: str, weights: str | None = None, seed: int = 0) -> Teach
         return SamTeacher(_tiny_sam(seed), f"tiny_sam-{seed}")
     if name in ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"):
         return EfficientNetLiteTeacher(name)
-    known = ", ".join([*SAM_REGISTRY, "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "tiny_sam"])
+    known = ", ".join(
+        [*SAM_REGISTRY, "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "tiny_sam"]
+    )
     raise UserError(f"--teacher {name}: no such teacher; known are {known}")
 
 

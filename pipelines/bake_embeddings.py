@@ -35,7 +35,9 @@ def job(settings: Settings) -> dict[str, Any]:
     dataset, res = VocDataset(settings.places.data), settings.encoding.res
     url = stages.store_url(settings.places.store, dataset.name, "early", res)
     early = FeatureStore(url, {"feature": "early", "res_px": res})
-    adapter = training.load_adapter(settings.places, dataset.name, settings.model, early.fingerprint, settings.workers.seed)
+    adapter = training.load_adapter(
+        settings.places, dataset.name, settings.model, early.fingerprint, settings.workers.seed
+    )
     if adapter.widen.out_channels != settings.model.embedding_channels:
         raise UserError(
             f"--embedding-channels {settings.model.embedding_channels}: the adapter was distilled to "
@@ -55,7 +57,9 @@ def job(settings: Settings) -> dict[str, Any]:
         precision=settings.extraction.precision,
     )
     destination = stages.store_url(settings.places.store, dataset.name, training.embedding_name(settings.model), res)
-    return stages.extract(lambda: adapter, stages.ReadShard(url), {destination: target}, early.samples, settings.extraction)
+    return stages.extract(
+        lambda: adapter, stages.ReadShard(url), {destination: target}, early.samples, settings.extraction
+    )
 
 
 if __name__ == "__main__":

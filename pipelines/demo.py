@@ -60,7 +60,12 @@ def job(settings: Settings) -> dict[str, Any]:
             log.write(f"\n$ python {' '.join(command)}\n")
             log.flush()
             done = subprocess.run(
-                [sys.executable, *command], stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=Path.cwd()
+                [sys.executable, *command],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+                cwd=Path.cwd(),
             )
             log.write(done.stdout)
             if done.returncode == 2:
@@ -75,7 +80,9 @@ def job(settings: Settings) -> dict[str, Any]:
     for name, title in zip(METHODS, ("training-free prototype", "compact model", "4D model"), strict=True):
         print(f"{title:<24}{scores[name]['miou']:>8.3f}{scores[name]['fb_iou']:>8.3f}")
     print(f"\npictures: {out / 'panel.png'}")
-    print(f"runs and models: {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri} --port 5000\n")
+    print(
+        f"runs and models: {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {tracking_uri} --port 5000\n"
+    )
     return {
         "fold": settings.fold,
         "shots": settings.shots,
@@ -89,7 +96,16 @@ def job(settings: Settings) -> dict[str, Any]:
 def commands(settings: Settings, out: Path, tracking_uri: str) -> dict[str, list[str]]:
     """Title and arguments of every step."""
     data = str(out / "shapes")
-    places = ["--data", data, "--store", str(out / "stores"), "--out", str(out / "runs"), "--tracking-uri", tracking_uri]
+    places = [
+        "--data",
+        data,
+        "--store",
+        str(out / "stores"),
+        "--out",
+        str(out / "runs"),
+        "--tracking-uri",
+        tracking_uri,
+    ]
     common = ["--recipe", "offline", *places, "--res", str(RES_PX), "--num-views", "2"]
     fold = ["--fold", str(settings.fold)]
     test = [*fold, "--shots", str(settings.shots), "--episodes", str(settings.episodes)]

@@ -138,7 +138,9 @@ def loop(config: dict[str, Any]) -> None:
             optimiser.load_state_dict(state.pop("optimiser"))
         first = state["step"]
         best = state.get("best") or {k: v.clone() for k, v in adapter.state_dict().items()}
-        bar = tqdm(total=steps, initial=first, desc=f"distil {res} px", disable=rank > 0, file=sys.stderr, mininterval=5)
+        bar = tqdm(
+            total=steps, initial=first, desc=f"distil {res} px", disable=rank > 0, file=sys.stderr, mininterval=5
+        )
         order: list[str] = []
         shuffled = -1
         for step, indices in enumerate(
@@ -169,7 +171,12 @@ def loop(config: dict[str, Any]) -> None:
                     run.log(done, **{f"val_mse_{res}px": mse, f"val_r2_{res}px": 1 - mse / constant})
                     run.flush()
                 if done == steps:
-                    result = {"res_px": res, "steps": steps, "val_mse": state["best_mse"], "val_r2": 1 - state["best_mse"] / constant}
+                    result = {
+                        "res_px": res,
+                        "steps": steps,
+                        "val_mse": state["best_mse"],
+                        "val_r2": 1 - state["best_mse"] / constant,
+                    }
                     state["results"] = [*state["results"], result]
             if done % settings.workers.checkpoint_every == 0 and done < steps:
                 kept = {"stage": stage, "step": done, "best_mse": state["best_mse"], "results": state["results"]}
@@ -180,7 +187,6 @@ def loop(config: dict[str, Any]) -> None:
         state = {"stage": stage + 1, "step": 0, "best_mse": float("inf"), "results": state["results"]}
         training.save_state(rank, {"stage": stage + 1, "step": 0}, **state, adapter=adapter.state_dict())
     if run:
-
         with tempfile.TemporaryDirectory() as folder:
             of = {"encoder": asdict(early[-1].fingerprint), "teacher": asdict(teacher.fingerprint)}
             adapter.save(folder, stages=state["results"], of=of, commit=tracking.commit())

@@ -85,7 +85,9 @@ def job(settings: Settings) -> dict[str, Any]:
     tags = {"dataset": dataset.name, "store.late": str(asdict(late.fingerprint))}
     run = tracking.start(places.tracking_uri, "evaluate", f"fold{settings.fold}-{variant}", identity, tags)
     try:
-        score = score_episodes(predict, loader, sampler, settings.testing.episodes, device, dataset.novel(settings.fold))
+        score = score_episodes(
+            predict, loader, sampler, settings.testing.episodes, device, dataset.novel(settings.fold)
+        )
         result = score.result()
         shown = loader.load([sampler.episode(i) for i in range(min(PANEL_ROWS, settings.testing.episodes))]).to(device)
         with torch.inference_mode():
@@ -130,7 +132,7 @@ def open_segmenter(settings: Settings, dataset: str, late: FeatureStore) -> tupl
         )
     if record["dataset"] == dataset and record["fold"] != settings.fold:
         raise UserError(
-            f"{url}: trained for fold {record['fold']}, so it has seen the classes of fold {settings.fold}; test its own fold"
+            f"{url}: trained for fold {record['fold']}, so it knows the classes of fold {settings.fold}; test its own"
         )
     store = stages.store_url(places.store, dataset, training.embedding_name(settings.model), settings.encoding.res)
     return segmenter, FeatureStore(store, {"feature": "embedding", "weights": state_digest(segmenter.adapter)})

@@ -1,6 +1,6 @@
 """A generated data set in VOC's layout, for a first try without any download.
 
-    python -m pipelines.generate_shapes --data outputs/shapes --images 500
+python -m pipelines.generate_shapes --data outputs/shapes --images 500
 """
 
 from dataclasses import dataclass

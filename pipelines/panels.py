@@ -59,7 +59,9 @@ def episodes(dataset: VocDataset, view_seed: int, drawn: Sequence[Episode], pred
     return panel(("support", "support mask", "query", "truth", "prior", "prediction"), rows)
 
 
-def _seen(dataset: VocDataset, view_seed: int, image_id: str, view: int, class_id: int) -> tuple[Image.Image, np.ndarray]:
+def _seen(
+    dataset: VocDataset, view_seed: int, image_id: str, view: int, class_id: int
+) -> tuple[Image.Image, np.ndarray]:
     drawn = draw_view(view_seed, image_id, view)
     image = drawn.image(dataset.image(image_id)).resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR)
     return image, binary_label(drawn.label(dataset.label(image_id), CELL_PX), class_id) == 1

@@ -1,6 +1,6 @@
 """A table of all evaluations that MLflow holds, newest of each setting: runs in, Markdown out.
 
-    python -m pipelines.report --recipe offline --dataset pascal-5i
+python -m pipelines.report --recipe offline --dataset pascal-5i
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def job(settings: Settings) -> dict[str, Any]:
     print(f"| {settings.dataset}, {settings.shots}-shot, mIoU (FB-IoU) | fold 0 | fold 1 | fold 2 | fold 3 | mean |")
     print("|---|---|---|---|---|---|")
     for method, folds in sorted(table.items(), key=lambda entry: _mean(entry[1], "miou")):
-        cells = [_cell(folds[f]["miou"], folds[f]["fb_iou"]) if f in folds else "–" for f in FOLDS]
+        cells = [_cell(folds[f]["miou"], folds[f]["fb_iou"]) if f in folds else "-" for f in FOLDS]
         print(f"| {method} | {' | '.join(cells)} | {_cell(_mean(folds, 'miou'), _mean(folds, 'fb_iou'))} |")
     return {"dataset": settings.dataset, "shots": settings.shots, "methods": table}
 

@@ -75,7 +75,9 @@ def start(
         run = client.create_run(experiment_id, run_name=name)
     except MlflowException as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"--tracking-uri {tracking_uri}: MLflow does not answer there ({first}); start it or name a file") from None
+        raise UserError(
+            f"--tracking-uri {tracking_uri}: MLflow does not answer there ({first}); start it or name a file"
+        ) from None
     run_id = run.info.run_id
     entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
     for at in range(0, len(entries), PARAM_LIMIT):

@@ -95,7 +95,13 @@ def job(settings: Settings) -> dict[str, Any]:
         "store.late": str(asdict(late.fingerprint)),
         "store.embedding": str(asdict(embedding.fingerprint)),
     }
-    config = {"settings": settings, "dataset": dataset, "folder": f"{folder}/{name}", "steps": steps, "adapter": adapter}
+    config = {
+        "settings": settings,
+        "dataset": dataset,
+        "folder": f"{folder}/{name}",
+        "steps": steps,
+        "adapter": adapter,
+    }
     training.run(name, folder, "train", loop, config, settings.places, settings.workers, identity, tags)
     with tempfile.TemporaryDirectory() as local:
         model, record = Segmenter.load(training.fetch(url, local, checkpoint_files("segmenter")))
@@ -138,11 +144,15 @@ def open_inputs(settings: Settings, dataset: str) -> tuple[FeatureStore, Feature
     early = FeatureStore(stages.store_url(root, dataset, "early", res), {"weights": late.fingerprint.weights})
     adapter = training.load_adapter(settings.places, dataset, model, early.fingerprint, settings.workers.seed)
     url = stages.store_url(root, dataset, training.embedding_name(model), res)
-    embedding = FeatureStore(url, {"feature": "embedding", "weights": state_digest(adapter), "grid": late.fingerprint.grid})
+    embedding = FeatureStore(
+        url, {"feature": "embedding", "weights": state_digest(adapter), "grid": late.fingerprint.grid}
+    )
     return late, embedding, adapter
 
 
-def build_segmenter(settings: Settings, late: FeatureStore, embedding: FeatureStore, adapter: BottleneckAdapter) -> Segmenter:
+def build_segmenter(
+    settings: Settings, late: FeatureStore, embedding: FeatureStore, adapter: BottleneckAdapter
+) -> Segmenter:
     """A fresh segmenter around the distilled adapter, its decoder from SAM's checkpoint if the recipe names one."""
     model = settings.model
     segmenter = Segmenter(
@@ -191,7 +201,9 @@ def loop(config: dict[str, Any]) -> None:
         segmenter.load_state_dict(state["segmenter"])
         optimiser.load_state_dict(state["optimiser"])
         first, seconds = state["step"], state["seconds"]
-    bar = tqdm(total=steps, initial=first, desc=f"fold {settings.fold}", disable=rank > 0, file=sys.stderr, mininterval=5)
+    bar = tqdm(
+        total=steps, initial=first, desc=f"fold {settings.fold}", disable=rank > 0, file=sys.stderr, mininterval=5
+    )
     clock = training.Stopwatch(seconds)
     losses: dict[str, float] = {}
     indices = training.worker_batches(first, steps, settings.episodic.batch, rank, world)
@@ -215,7 +227,11 @@ def loop(config: dict[str, Any]) -> None:
     bar.close()
     if run:
         seconds = clock.total()
-        result = {"loss": losses.get("loss"), "seconds": round(seconds, 1), "seconds_per_step": round(seconds / steps, 4)}
+        result = {
+            "loss": losses.get("loss"),
+            "seconds": round(seconds, 1),
+            "seconds_per_step": round(seconds / steps, 4),
+        }
         run.picture(draw_panel(segmenter, loader, sampler, device), "panels/training.png")
         with tempfile.TemporaryDirectory() as folder:
             origin = {"encoder": asdict(settings.encoding), "late": asdict(late.fingerprint), "fold": settings.fold}

@@ -64,9 +64,7 @@ def run(
     trainer = TorchTrainer(
         loop,
         train_loop_config=config | {"run_id": run.run_id, "tracking_uri": run.tracking_uri, "workers": workers},
-        scaling_config=ScalingConfig(
-            num_workers=workers.workers, use_gpu=workers.gpu, resources_per_worker=resources
-        ),
+        scaling_config=ScalingConfig(num_workers=workers.workers, use_gpu=workers.gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
             storage_path=folder,

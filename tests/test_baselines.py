@@ -26,7 +26,9 @@ def test_prototypes_are_means_over_all_shots(shots):
     late, masks, query = episode(shots)
     contrast, prototype = contrast_logits(late, masks, query), prototype_logits(late, masks, query)
     for b in range(2):
-        inside = torch.stack([late[b, k, :, y, x] for k in range(shots) for y in range(1, 4) for x in range(2, 5)]).mean(0)
+        inside = torch.stack(
+            [late[b, k, :, y, x] for k in range(shots) for y in range(1, 4) for x in range(2, 5)]
+        ).mean(0)
         rest = [
             late[b, k, :, y, x] for k in range(shots) for y in range(GRID) for x in range(GRID) if not masks[b, k, y, x]
         ]

@@ -103,7 +103,9 @@ def test_a_store_of_another_encoder(capsys, shapes_root, tmp_path):
 
 
 def test_a_resolution_that_the_encoder_cannot_take(capsys, shapes_root, tmp_path):
-    line = mistake(capsys, extract_features, "--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--res", 75)
+    line = mistake(
+        capsys, extract_features, "--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--res", 75
+    )
     assert line == "error: --res 75: tiny_vit-0 needs a multiple of 14; 70 is one"
 
 

@@ -10,7 +10,7 @@ from fsdino.prompts import mask_to_grid, masked_mean, prototype_similarity
 
 def plain_prior(module, support, weights, query):
     """Shots are averaged after the first linear map; every correlation tensor exists."""
-    batch, shots = support.shape[:2]
+    shots = support.shape[1]
     reduced = []
     for k in range(shots):
         f_s = F.normalize(support[:, k], dim=1) * module.position_weights(weights[:, k])[:, None]

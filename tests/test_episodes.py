@@ -53,7 +53,9 @@ def test_an_episode_depends_on_seed_fold_and_index_alone():
 
 
 def test_training_and_test_draw_differently():
-    assert [sampler(training=True, num_views=1).episode(i) for i in range(9)] != [sampler().episode(i) for i in range(9)]
+    assert [sampler(training=True, num_views=1).episode(i) for i in range(9)] != [
+        sampler().episode(i) for i in range(9)
+    ]
 
 
 def test_a_class_with_too_few_images_is_a_users_mistake():

@@ -72,7 +72,9 @@ def test_every_step_of_the_way_ends_in_its_result(whole_run, shapes_root):
         keys = "dataset protocol fold shots episodes seed variant miou fb_iou per_class"
         assert list(score) == keys.split()
         assert (score["dataset"], score["protocol"], score["variant"]) == ("shapes-12", "pfenet", method)
-        assert 0 <= score["miou"] <= 1 and np.isclose(score["miou"], np.mean(list(score["per_class"].values())), atol=1e-5)
+        assert 0 <= score["miou"] <= 1 and np.isclose(
+            score["miou"], np.mean(list(score["per_class"].values())), atol=1e-5
+        )
 
 
 def test_stored_features_are_those_of_the_encoder(whole_run, places):
@@ -120,7 +122,9 @@ def test_mlflow_holds_settings_curves_fingerprints_pictures_and_the_model(whole_
     assert artifacts == {"panels/training.png", "segmenter/segmenter.json", "segmenter/segmenter.safetensors"}
     tested = client.search_runs([client.get_experiment_by_name("evaluate").experiment_id])
     logged = {r.data.params["method"]: r.data.metrics["miou"] for r in tested}
-    assert logged == {m: pytest.approx(whole_run[f"score {m}"]["miou"]) for m in ("prototype", "nearest", "compact", "4d")}
+    assert logged == {
+        m: pytest.approx(whole_run[f"score {m}"]["miou"]) for m in ("prototype", "nearest", "compact", "4d")
+    }
 
 
 def test_a_finished_command_only_reports_when_it_is_run_again(whole_run, places):
@@ -160,7 +164,9 @@ def test_predict_agrees_with_the_segmenter_called_by_hand(whole_run, shapes_root
 # Ray's processes outlive a killed driver for a while, so a whole session of processes is killed, as a lost node would.
 def start(name, *arguments):
     line = [sys.executable, "-m", f"pipelines.{name}", *map(str, arguments)]
-    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def kill(process):

@@ -90,7 +90,9 @@ def test_a_pair_is_segmented_the_same_alone_and_in_a_batch():
     late, masks, query, embedding = small_batch(SMALL)
     together = model.segment(query, embedding, model.encode_support(late, masks)).mask_logits
     for i in range(3):
-        alone = model.segment(query[i : i + 1], embedding[i : i + 1], model.encode_support(late[i : i + 1], masks[i : i + 1]))
+        alone = model.segment(
+            query[i : i + 1], embedding[i : i + 1], model.encode_support(late[i : i + 1], masks[i : i + 1])
+        )
         torch.testing.assert_close(together[i : i + 1], alone.mask_logits, rtol=1e-4, atol=1e-5)
 
 
@@ -108,7 +110,9 @@ def test_a_saved_segmenter_loads_as_it_was(tmp_path):
     loaded, record = Segmenter.load(tmp_path)
     late, masks, query, embedding = small_batch(SMALL)
     with torch.no_grad():
-        before, after = (m.segment(query, embedding, m.encode_support(late, masks)).mask_logits for m in (model, loaded))
+        before, after = (
+            m.segment(query, embedding, m.encode_support(late, masks)).mask_logits for m in (model, loaded)
+        )
     assert record["fold"] == 2 and loaded.config == SMALL
     assert torch.equal(before, after)
 

@@ -24,8 +24,8 @@ ROWS = [Row(f"image {i}", view, f"/photos/image {i}.jpg") for i in range(25) for
 SIZES = [(500, 375)] * ROWS_PER_SHARD
 
 
-def features(num_rows=len(ROWS), seed=0):
-    return np.random.default_rng(seed).standard_normal((num_rows, 4, 4, 8)).astype(np.float16)
+def features():
+    return np.random.default_rng(0).standard_normal((len(ROWS), 4, 4, 8)).astype(np.float16)
 
 
 def fill(url, data, seal=True):
@@ -45,7 +45,9 @@ def s3_endpoint():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     saved = dict(os.environ)
     os.environ |= {
@@ -204,5 +206,8 @@ def test_a_writer_opens_from_the_url_alone(tmp_path):
 
 def test_the_store_opens_without_torch(tmp_path):
     fill(str(tmp_path), features())
-    code = f"import sys; from feature_store import FeatureStore; FeatureStore({str(tmp_path)!r}).read([0]); assert 'torch' not in sys.modules"
+    code = (
+        f"import sys; from feature_store import FeatureStore; FeatureStore({str(tmp_path)!r}).read([0]); "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,7 +18,11 @@ def test_a_view_depends_on_seed_image_and_number_alone():
 
 def test_draws_are_hdmnets_half_of_each_and_ten_degrees_at_most():
     views = [draw_view(0, f"image{i}", 1) for i in range(2000)]
-    for share in (np.mean([v.flip for v in views]), np.mean([v.blur for v in views]), np.mean([v.angle_deg != 0 for v in views])):
+    for share in (
+        np.mean([v.flip for v in views]),
+        np.mean([v.blur for v in views]),
+        np.mean([v.angle_deg != 0 for v in views]),
+    ):
         assert abs(share - 0.5) < 0.04
     assert 9 < max(abs(v.angle_deg) for v in views) <= 10
 

@@ -31,9 +31,7 @@ def base_images(
     return images
 
 
-def novel_images(
-    pixels: Mapping[str, Mapping[int, int]], novel: list[int], min_pixels: int
-) -> dict[str, list[int]]:
+def novel_images(pixels: Mapping[str, Mapping[int, int]], novel: list[int], min_pixels: int) -> dict[str, list[int]]:
     """Images that test the fold, each with the novel classes that count in it."""
     images = {i: sorted(c for c, n in counts.items() if c in novel and n >= min_pixels) for i, counts in pixels.items()}
     return {image_id: classes for image_id, classes in images.items() if classes}

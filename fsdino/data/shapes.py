@@ -105,7 +105,9 @@ def draw_image(seed: int, index: int, side_px: int) -> tuple[UInt8[np.ndarray, "
     return np.clip(noisy, 0, 255).astype(np.uint8), label
 
 
-def _paint(rng: np.random.Generator, pixels: Float[np.ndarray, "s s 3"], label: UInt8[np.ndarray, "s s"], class_id: int):
+def _paint(
+    rng: np.random.Generator, pixels: Float[np.ndarray, "s s 3"], label: UInt8[np.ndarray, "s s"], class_id: int
+):
     side = len(label)
     radius = side * np.exp(rng.uniform(*np.log(RADIUS_SHARE)))
     x, y = rng.uniform(0.8 * radius, side - 0.8 * radius, 2)
@@ -133,8 +135,12 @@ def _paint(rng: np.random.Generator, pixels: Float[np.ndarray, "s s 3"], label: 
 def _background(rng: np.random.Generator, side: int) -> Float[np.ndarray, "s s 3"]:
     """Two colours mixed by smooth noise, with a fainter, finer noise over it."""
     cells = int(rng.integers(3, 12))
-    coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
-    fine = Image.fromarray(rng.random((side // 6, side // 6)).astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR)
+    coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
+    fine = Image.fromarray(rng.random((side // 6, side // 6)).astype(np.float32)).resize(
+        (side, side), Image.Resampling.BILINEAR
+    )
     first, second = _colours(rng)
     mix = np.clip(np.asarray(coarse), 0, 1)[..., None]
     return first + (second - first) * mix + 50 * (np.asarray(fine)[..., None] - 0.5)
