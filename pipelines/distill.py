@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from feature_store import FeatureStore
 from fsdino.adapter import BottleneckAdapter
-from fsdino.checkpoint import files as checkpoint_files
 from fsdino.data.voc import VocDataset
 from fsdino.errors import UserError
 from fsdino.losses import distillation_loss
@@ -55,19 +54,19 @@ def job(settings: Settings) -> dict[str, Any]:
             f"got {len(trained)}; lower --distill-batch"
         )
     folder = f"{settings.places.out}/{dataset.name}"
-    if not training.finished(folder, "distill", checkpoint_files("adapter")[1]):
-        identity = training.identity_of(
-            distillation=settings.distillation,
-            seed=settings.workers.seed,
-            train_precision=settings.workers.train_precision,
-            encoder_weights=early[0].fingerprint.weights,
-            teacher_weights=teacher.fingerprint.weights,
-            images=len(trained) + len(held_out),
-        )
-        tags = {f"store.early.{s.fingerprint.res_px}": str(asdict(s.fingerprint)) for s in early}
-        tags["store.teacher"] = str(asdict(teacher.fingerprint))
-        config = {"settings": settings, "dataset": dataset, "folder": f"{folder}/distill"}
-        training.run("distill", folder, "distill", loop, config, settings.places, settings.workers, identity, tags)
+    identity = training.identity_of(
+        distillation=settings.distillation,
+        seed=settings.workers.seed,
+        train_precision=settings.workers.train_precision,
+        encoder_weights=early[0].fingerprint.weights,
+        teacher_weights=teacher.fingerprint.weights,
+        images=len(trained) + len(held_out),
+    )
+    tags = {f"store.early.{s.fingerprint.res_px}": str(asdict(s.fingerprint)) for s in early}
+    tags["store.teacher"] = str(asdict(teacher.fingerprint))
+    config = {"settings": settings, "dataset": dataset, "folder": f"{folder}/distill"}
+    places, workers = settings.places, settings.workers
+    training.run("distill", folder, "distill", loop, config, places, workers, identity, tags, "adapter")
     adapter, record = training.read_adapter(f"{folder}/distill/final")
     return {"adapter": f"{folder}/distill/final", "parameters": num_parameters(adapter), "stages": record["stages"]}
 

@@ -141,6 +141,8 @@ class Episodic:
     """Draw the class of a training episode first, so that rare classes train as often as common ones."""
     flip: bool = False
     """Mirror cached features and labels at random, for encoders that take a mirrored image to mirrored features."""
+    min_window: float = 1.0
+    """Smallest side of a window of cached features that is stretched to the whole, as a share; 1 for no windows."""
     label_px: int | None = None
     """Side at which the loss is computed; the image's if none."""
     keep_novel: bool = False

@@ -102,7 +102,8 @@ def job(settings: Settings) -> dict[str, Any]:
         "steps": steps,
         "adapter": adapter,
     }
-    training.run(name, folder, "train", loop, config, settings.places, settings.workers, identity, tags)
+    places, workers = settings.places, settings.workers
+    training.run(name, folder, "train", loop, config, places, workers, identity, tags, "segmenter")
     with tempfile.TemporaryDirectory() as local:
         model, record = Segmenter.load(training.fetch(url, local, checkpoint_files("segmenter")))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -127,6 +128,7 @@ def make_sampler(settings: Settings, dataset: VocDataset) -> EpisodeSampler:
         num_views=settings.encoding.num_views,
         balanced=settings.episodic.balanced,
         flip=settings.episodic.flip,
+        min_window=settings.episodic.min_window,
     )
 
 
@@ -215,7 +217,7 @@ def loop(config: dict[str, Any]) -> None:
         optimiser.zero_grad(set_to_none=True)
         parts["loss"].backward()
         optimiser.step()
-        losses = {key: float(value) for key, value in parts.items()}
+        losses = {key: value.item() for key, value in parts.items()}
         bar.update()
         if run:
             run.log(done, **losses, lr=optimiser.param_groups[0]["lr"])

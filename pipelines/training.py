@@ -40,11 +40,12 @@ def run(
     workers: Workers,
     identity: dict[str, Any],
     tags: dict[str, str],
+    result: str,
 ) -> None:
     """Train `loop(config)` on Ray Train under `folder`/`name`, or go on with the run that was interrupted there.
 
     `identity` is what makes two runs the same run. Raises UserError if a run of another identity is in that folder.
-    The loop finds its MLflow run in `config["run_id"]` and writes `final/` when it is done.
+    The loop finds its MLflow run in `config["run_id"]`, and writes `final/RESULT.json` last: then all is done.
     """
     folder = files.absolute(folder)
     identity = json.loads(json.dumps(identity))
@@ -56,10 +57,12 @@ def run(
             f"{folder}/{name}: a run with other settings is there ({'; '.join(differing)}); "
             "choose another --out or --name, or remove it"
         )
+    if record is not None and files.exists(f"{folder}/{name}/final", checkpoint_files(result)[1]):
+        return
     run_id = record["run_id"] if record else None
     run = tracking.start(places.tracking_uri, experiment, name, identity, tags, run_id)
     files.write_bytes(f"{folder}/{name}", "run.json", json.dumps({"identity": identity, "run_id": run.run_id}).encode())
-    connect()
+    connect(show_workers=True)
     resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if workers.gpu else {})
     trainer = TorchTrainer(
         loop,
@@ -78,11 +81,6 @@ def run(
         run.end(ok=False)
         raise
     run.end()
-
-
-def finished(folder: str, name: str, file: str) -> bool:
-    """Whether a run has written its final checkpoint."""
-    return files.exists(f"{files.absolute(folder)}/{name}/final", file)
 
 
 def publish(folder: str | Path, url: str) -> None:

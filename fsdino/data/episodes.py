@@ -16,21 +16,24 @@ TRAIN, TEST = 0, 1
 
 @dataclass(frozen=True)
 class Episode:
-    """Image ids; `views` holds the query's view, then those of the supports, and `flips` likewise."""
+    """Image ids, and for the query and then each support: its view, whether its features are mirrored, and the window
+    of them that counts, as (top, left, side) in shares of the grid's side."""
 
     class_id: int
     query: str
     supports: tuple[str, ...]
     views: tuple[int, ...]
     flips: tuple[bool, ...]
+    windows: tuple[tuple[float, float, float], ...]
 
 
 class EpisodeSampler:
     """Episodes over images that are each annotated with the classes that count in them.
 
     Test episodes go through the query images in order and draw the class among those in the image, as PFENet does.
-    Training draws the query uniformly, or the class first (`balanced`), every image's view, and whether its features
-    are mirrored (`flip`). Supports are distinct and never the query.
+    Training draws the query uniformly, or the class first (`balanced`); then each image's view, whether its features
+    are mirrored (`flip`, one half), and a window of them (one half, of side `min_window` to 1) that is stretched to the
+    whole. Supports are distinct and never the query.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class EpisodeSampler:
         num_views: int = 1,
         balanced: bool = False,
         flip: bool = False,
+        min_window: float = 1.0,
     ):
         self.images = sorted(images)
         self.by_class: dict[int, list[str]] = {}
@@ -59,7 +63,7 @@ class EpisodeSampler:
             )
         self.classes = {image_id: sorted(images[image_id]) for image_id in self.images}
         self.shots, self.fold, self.seed, self.training = shots, fold, seed, training
-        self.num_views, self.balanced, self.flip = num_views, balanced, flip
+        self.num_views, self.balanced, self.flip, self.min_window = num_views, balanced, flip, min_window
 
     def episode(self, index: int) -> Episode:
         """The episode of that index."""
@@ -74,4 +78,10 @@ class EpisodeSampler:
         supports = tuple(others[i] for i in rng.choice(len(others), self.shots, replace=False))
         views = tuple(int(v) for v in rng.integers(self.num_views, size=1 + self.shots))
         flips = tuple(bool(f) for f in rng.random(1 + self.shots) < (0.5 if self.flip else 0))
-        return Episode(class_id=class_id, query=query, supports=supports, views=views, flips=flips)
+        windows = tuple(self._window(rng) for _ in flips)
+        return Episode(class_id, query, supports, views, flips, windows)
+
+    def _window(self, rng: np.random.Generator) -> tuple[float, float, float]:
+        side = float(rng.uniform(self.min_window, 1)) if rng.random() < 0.5 else 1.0
+        top, left = rng.uniform(0, 1 - side, 2)
+        return float(top), float(left), side
