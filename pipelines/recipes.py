@@ -177,7 +177,8 @@ class Recipe:
 def paper_recipe() -> Recipe:
     """FS-DINO, arXiv 2504.15669, PASCAL-5i: mIoU 75.6 80.3 72.2 73.4 (1-shot, Table 1) is the score to reach.
 
-    DINOv2 ViT-B/14 at 518 px and SAM-H. The paper distils on 1 % of SA-1B with 2-4 A6000 and trains episodes on one.
+    DINOv2 ViT-B/14 at 518 px and SAM-H. The paper distils on 1 % of SA-1B with 2-4 A6000 and trains episodes on one;
+    this distils on the training images of the data set at hand. Views stand for augmentation, so nothing is mirrored.
     """
     return Recipe(
         places=Places(data="data/VOCdevkit/VOC2012"),

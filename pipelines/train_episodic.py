@@ -248,7 +248,7 @@ def loop(config: dict[str, Any]) -> None:
 @torch.inference_mode()
 def draw_panel(segmenter: Segmenter, loader: EpisodeLoader, sampler: EpisodeSampler, device: torch.device):
     """A few training episodes as pictures."""
-    batch = loader.load([sampler.episode(i) for i in range(PANEL_ROWS)]).to(device)
+    batch = loader.load([sampler.episode(i).plain() for i in range(PANEL_ROWS)]).to(device)
     support = segmenter.encode_support(batch.support_late, batch.support_masks)
     predicted = segmenter.segment(batch.query_late, batch.query_embedding, support)
     return panels.episodes(loader.dataset, loader.view_seed, batch.episodes, predicted)

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from feature_store import FeatureStore, Fingerprint, Row, create
-from fsdino.data.episodes import Episode, EpisodeSampler
+from fsdino.data.episodes import WHOLE, EpisodeSampler
 from fsdino.data.voc import VocDataset, binary_label
 from pipelines.loading import EpisodeLoader
 
-GRID, WHOLE = 7, (0.0, 0.0, 1.0)
+GRID = 7
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,11 @@ def test_batches_come_in_order_and_as_if_loaded_one_by_one(loader):
     assert torch.equal(batches[1].query_late, loader.load([sampler.episode(i) for i in indices[1]]).query_late)
 
 
-def test_an_episode_is_a_plain_value():
-    one = Episode(1, "a", ("b",), (0, 0), (False, False), (WHOLE, WHOLE))
-    assert one == dataclasses.replace(one) and hash(one) == hash(dataclasses.replace(one))
+def test_a_plain_episode_shows_its_images_whole_and_unmirrored(loader):
+    sampler = EpisodeSampler(
+        loader.dataset.training_images(1), shots=1, fold=1, seed=0, training=True, flip=True, min_window=0.5
+    )
+    for index in range(10):
+        batch = loader.load([sampler.episode(index).plain()])
+        assert batch.query_late[0, 2, 0].tolist() == list(range(GRID))
+        assert batch.query_late[0, 1, :, 0].tolist() == list(range(GRID))

@@ -5,13 +5,14 @@ repeats exactly.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fsdino.errors import UserError
 
 TRAIN, TEST = 0, 1
+WHOLE = (0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Episode:
     views: tuple[int, ...]
     flips: tuple[bool, ...]
     windows: tuple[tuple[float, float, float], ...]
+
+    def plain(self) -> "Episode":
+        """The same images whole and unmirrored, for pictures."""
+        return replace(self, flips=(False,) * len(self.flips), windows=(WHOLE,) * len(self.windows))
 
 
 class EpisodeSampler:
