@@ -28,9 +28,12 @@ class CorrelationPrior(nn.Module):
     ReLU and He's start, support weights of fixed total, and a similarity map of unit scale within its image.
 
     `contrast` lets the support's background weigh against its foreground; without it only the masked support counts.
+    `small` starts the logits at a tenth, as a correction to something rather than the whole.
     """
 
-    def __init__(self, grid: int, channels: int = paper.CORRELATION_CHANNELS, contrast: bool = False):
+    def __init__(
+        self, grid: int, channels: int = paper.CORRELATION_CHANNELS, contrast: bool = False, small: bool = False
+    ):
         super().__init__()
         self.grid, self.contrast = grid, contrast
         self.reduced_grid = math.ceil(grid / 2)
@@ -40,16 +43,13 @@ class CorrelationPrior(nn.Module):
         self.query_reduce = nn.Conv2d(channels, positions, 3, stride=2, padding=1)
         self.depthwise = nn.Conv2d(positions, positions, 3, padding=1, groups=positions)
         self.pointwise = nn.Conv2d(positions, positions, 1)
-        self.head = nn.ModuleList(
-            [
-                nn.Conv2d(positions, wide, 3, padding=1),
-                nn.Conv2d(wide, mid, 3, padding=1),
-                nn.Conv2d(mid, 1, 3, padding=1),
-            ]
-        )
+        self.head = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in ((positions, wide), (wide, mid), (mid, 1)))
         for conv in (self.support_reduce, self.query_reduce, self.depthwise, self.pointwise, *self.head):
+            assert isinstance(conv, nn.Conv2d)
             nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is self.head[-1] else "relu")
-            nn.init.zeros_(conv.bias)
+            if small and conv is self.head[-1]:
+                nn.init.normal_(conv.weight, std=0.1 / math.sqrt(9 * mid))
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     def kernel(self, late: Float[Tensor, "b c g g"], weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b k c"]:
         """`W F_s` of one support image each; the mean over shots is the kernel of the shots together."""

@@ -38,6 +38,9 @@ class SegmenterConfig:
     """compact: the similarity map prompts the decoder. 4d: the prior mask of the 4D correlation does."""
     contrast: bool = False
     """Let the support's background weigh against its foreground, in prototype and correlation; off: the paper's."""
+    refine: bool = False
+    """Add the similarity map at full grid to the prior's logits, so that the 4D correlation refines it; off: the
+    paper's, where the map enters at half the grid alone."""
     semantic_prompt: bool = True
     """SVP as the sparse prompt; off means SAM's empty one (Table 4, first row)."""
     sam_extras: bool = True
@@ -68,10 +71,11 @@ class Segmenter(nn.Module):
         width = config.embedding_channels
         self.adapter = BottleneckAdapter(config.early_channels, width).requires_grad_(False)
         self.prompt = SemanticVisualPrompt(config.late_channels, width) if config.semantic_prompt else None
-        self.correlation = CorrelationPrior(config.grid, contrast=config.contrast) if config.variant == "4d" else None
-        self.similarity_scale = (
-            nn.Parameter(torch.tensor(paper.SIMILARITY_SCALE)) if config.variant == "compact" else None
-        )
+        self.correlation = None
+        if config.variant == "4d":
+            self.correlation = CorrelationPrior(config.grid, contrast=config.contrast, small=config.refine)
+        direct = config.variant == "compact" or config.refine
+        self.similarity_scale = nn.Parameter(torch.tensor(paper.SIMILARITY_SCALE)) if direct else None
         self.mask_downscaling = mask_downscaling(width)
         self.encoding = PositionalEncoding(width)
         self.decoder = MaskDecoder(width, sam_extras=config.sam_extras)
@@ -108,21 +112,17 @@ class Segmenter(nn.Module):
     ) -> Prediction:
         """Find each support's class in its query; logits above 0 are the class."""
         similarity = prototype_similarity(support.prototype, late)
-        if self.correlation is None:
-            prior = None
-            assert self.similarity_scale is not None
-            dense_logits = F.interpolate(
-                self.similarity_scale * similarity,
-                scale_factor=paper.PRIOR_UPSCALE,
-                mode="bilinear",
-                align_corners=False,
+        dense_logits = torch.zeros(())
+        if self.similarity_scale is not None:
+            dense_logits = self.similarity_scale * F.interpolate(
+                similarity, scale_factor=paper.PRIOR_UPSCALE, mode="bilinear", align_corners=False
             )
-        else:
+        if self.correlation is not None:
             assert support.kernel is not None
-            prior = dense_logits = self.correlation(support.kernel, late, similarity)
+            dense_logits = dense_logits + self.correlation(support.kernel, late, similarity)
         dense = self.mask_downscaling(dense_logits)
         mask = self.decoder(embedding, self.encoding(late.shape[-1]), support.prompt, dense)
-        return Prediction(prior_logits=prior, mask_logits=mask)
+        return Prediction(prior_logits=None if self.correlation is None else dense_logits, mask_logits=mask)
 
     def save(self, folder: str | Path, **origin) -> None:
         """Write `segmenter.safetensors` and `segmenter.json`: config, and `origin` (JSON on where it comes from)."""

@@ -115,6 +115,8 @@ class Model:
     """Dense prompt: the similarity map, or the 4D correlation's prior mask."""
     contrast: bool = False
     """Let the support's background weigh against its foreground, in prototype and correlation; off: the paper's."""
+    refine: bool = False
+    """Add the similarity map at full grid to the 4D prior's logits, to be refined; off: the paper's."""
     semantic_prompt: bool = True
     """Semantic visual prompt as the sparse prompt."""
     distilled: bool = True
@@ -137,8 +139,8 @@ class Episodic:
     """Learning rate of new layers."""
     decoder_lr: float = paper.DECODER_LEARNING_RATE
     """Learning rate of the decoder."""
-    balanced: bool = False
-    """Draw the class of a training episode first, so that rare classes train as often as common ones."""
+    balance: float = 0.0
+    """Above 0: draw the class first, by its images' number to the power 1 - balance; 1: every class alike."""
     flip: bool = False
     """Mirror cached features and labels at random, for encoders that take a mirrored image to mirrored features."""
     min_window: float = 1.0
@@ -197,7 +199,7 @@ def offline_recipe() -> Recipe:
     """Nothing but the package index: EfficientNet-Lite0 learns from Lite2 at 400 px. README has its scores.
 
     The decoder starts at random, so it learns faster than one of SAM's. Most of the images at hand show animals, hence
-    balanced classes; mirrored features are the one augmentation, as no sign of overfitting asked for stored views.
+    the balance; mirrored features are the one augmentation, as no sign of overfitting asked for stored views.
     """
     return Recipe(
         places=Places(data="data/VOCdevkit/VOC2012"),
@@ -206,8 +208,8 @@ def offline_recipe() -> Recipe:
         extraction=Extraction(actors=2),
         workers=Workers(train_precision="bf16"),
         distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=3),
-        model=Model(embedding_channels=352, sam_decoder=None, contrast=True),
-        episodic=Episodic(steps=1000, decoder_lr=3e-4, balanced=True, flip=True, label_px=100),
+        model=Model(embedding_channels=352, sam_decoder=None, contrast=True, refine=True),
+        episodic=Episodic(steps=1000, decoder_lr=3e-4, balance=0.5, flip=True, label_px=100),
         testing=Testing(),
     )
 

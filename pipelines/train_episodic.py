@@ -126,7 +126,7 @@ def make_sampler(settings: Settings, dataset: VocDataset) -> EpisodeSampler:
         seed=settings.workers.seed,
         training=True,
         num_views=settings.encoding.num_views,
-        balanced=settings.episodic.balanced,
+        balance=settings.episodic.balance,
         flip=settings.episodic.flip,
         min_window=settings.episodic.min_window,
     )
@@ -165,6 +165,7 @@ def build_segmenter(
             embedding_channels=embedding.fingerprint.channels,
             variant=model.variant,
             contrast=model.contrast,
+            refine=model.refine,
             semantic_prompt=model.semantic_prompt,
             sam_extras=model.sam_decoder is not None,
         )

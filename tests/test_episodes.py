@@ -31,11 +31,12 @@ def test_training_draws_every_view():
     assert {v for i in range(100) for v in sampler(training=True).episode(i).views} == {0, 1, 2, 3}
 
 
-def test_balanced_training_draws_every_class_alike():
-    images = {f"image{i}": [1 if i < 30 else 2] for i in range(40)}
-    balanced = EpisodeSampler(images, shots=1, fold=0, seed=0, training=True, balanced=True)
+@pytest.mark.parametrize("balance, expected", [(0.0, 0.1), (0.5, 0.25), (1.0, 0.5)])
+def test_balance_draws_rare_classes_more_often(balance, expected):
+    images = {f"image{i}": [1 if i < 36 else 2] for i in range(40)}
+    balanced = EpisodeSampler(images, shots=1, fold=0, seed=0, training=True, balance=balance)
     share = sum(balanced.episode(i).class_id == 2 for i in range(1000)) / 1000
-    assert 0.45 < share < 0.55
+    assert abs(share - expected) < 0.04
 
 
 def test_half_of_the_images_are_mirrored_in_training_and_none_in_tests():

@@ -10,7 +10,7 @@ from fsdino.correlation import CorrelationPrior
 from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
 from fsdino.errors import UserError
 from fsdino.losses import mask_loss
-from fsdino.prompts import SemanticVisualPrompt
+from fsdino.prompts import SemanticVisualPrompt, contrast_prototype
 from fsdino.segmenter import Segmenter, SegmenterConfig
 
 SMALL = SegmenterConfig(early_channels=6, late_channels=10, grid=6, embedding_channels=32)
@@ -128,3 +128,26 @@ def test_a_checkpoint_of_an_unknown_version_is_refused(tmp_path):
 def test_the_similarity_scale_starts_where_the_design_says():
     model = Segmenter(dataclasses.replace(SMALL, variant="compact"))
     assert model.similarity_scale.item() == paper.SIMILARITY_SCALE == 10
+
+
+@pytest.mark.parametrize("contrast", [True, False])
+def test_a_refining_model_whose_correlation_is_silent_is_the_compact_one(contrast):
+    config = dataclasses.replace(SMALL, contrast=contrast, refine=True)
+    full, compact = Segmenter(config).eval(), Segmenter(dataclasses.replace(config, variant="compact")).eval()
+    compact.load_state_dict({k: v for k, v in full.state_dict().items() if not k.startswith("correlation.")})
+    torch.nn.init.zeros_(full.correlation.head[-1].weight)
+    late, masks, query, embedding = small_batch(config)
+    one, other = (m.segment(query, embedding, m.encode_support(late, masks)) for m in (full, compact))
+    torch.testing.assert_close(one.mask_logits, other.mask_logits)
+    assert other.prior_logits is None and one.prior_logits is not None
+
+
+def test_the_contrast_prototype_is_positive_exactly_nearer_to_the_object():
+    torch.manual_seed(0)
+    features, weights = torch.randn(1, 8, 6, 6), torch.zeros(1, 6, 6)
+    weights[:, :3, :2] = 1
+    direction = contrast_prototype(features, weights)
+    inside = torch.nn.functional.normalize(features[0][:, weights[0] > 0].mean(1), dim=0)
+    outside = torch.nn.functional.normalize(features[0][:, weights[0] == 0].mean(1), dim=0)
+    for query in torch.randn(50, 8):
+        assert (query @ direction[0] > 0) == (query @ inside > query @ outside)

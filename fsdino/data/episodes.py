@@ -36,7 +36,8 @@ class EpisodeSampler:
     """Episodes over images that are each annotated with the classes that count in them.
 
     Test episodes go through the query images in order and draw the class among those in the image, as PFENet does.
-    Training draws the query uniformly, or the class first (`balanced`); then each image's view, whether its features
+    Training draws the query uniformly, or, with `balance` above 0, the class first, by its
+    number of images to the power 1 - `balance` (1: every class alike); then each image's view, whether its features
     are mirrored (`flip`, one half), and a window of them (one half, of side `min_window` to 1) that is stretched to the
     whole. Supports are distinct and never the query.
     """
@@ -50,7 +51,7 @@ class EpisodeSampler:
         seed: int,
         training: bool,
         num_views: int = 1,
-        balanced: bool = False,
+        balance: float = 0.0,
         flip: bool = False,
         min_window: float = 1.0,
     ):
@@ -68,13 +69,15 @@ class EpisodeSampler:
             )
         self.classes = {image_id: sorted(images[image_id]) for image_id in self.images}
         self.shots, self.fold, self.seed, self.training = shots, fold, seed, training
-        self.num_views, self.balanced, self.flip, self.min_window = num_views, balanced, flip, min_window
+        self.num_views, self.flip, self.min_window = num_views, flip, min_window
+        counts = np.array([len(self.by_class[c]) for c in sorted(self.by_class)], float)
+        self.class_shares = counts ** (1 - balance) / (counts ** (1 - balance)).sum() if balance > 0 else None
 
     def episode(self, index: int) -> Episode:
         """The episode of that index."""
         rng = np.random.default_rng([self.seed, self.fold, TRAIN if self.training else TEST, index])
-        if self.balanced:
-            class_id = sorted(self.by_class)[rng.integers(len(self.by_class))]
+        if self.class_shares is not None:
+            class_id = sorted(self.by_class)[rng.choice(len(self.class_shares), p=self.class_shares)]
             query = self.by_class[class_id][rng.integers(len(self.by_class[class_id]))]
         else:
             query = self.images[rng.integers(len(self.images)) if self.training else index % len(self.images)]
