@@ -209,7 +209,7 @@ def offline_recipe() -> Recipe:
         workers=Workers(train_precision="bf16"),
         distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=3),
         model=Model(embedding_channels=352, sam_decoder=None, contrast=True, refine=True),
-        episodic=Episodic(steps=1000, decoder_lr=3e-4, balance=0.5, flip=True, label_px=100),
+        episodic=Episodic(steps=600, decoder_lr=3e-4, balance=0.5, flip=True, label_px=100),
         testing=Testing(),
     )
 
