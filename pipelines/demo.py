@@ -36,11 +36,11 @@ class Settings:
     """The fold whose classes are kept for the test: 0 to 3."""
     shots: int = 1
     """Supports in a test episode."""
-    images: int = 320
+    images: int = 280
     """Generated images."""
-    steps: int = 300
+    steps: int = 160
     """Training steps of each variant."""
-    episodes: int = 200
+    episodes: int = 160
     """Test episodes."""
 
 
@@ -106,7 +106,7 @@ def commands(settings: Settings, out: Path, tracking_uri: str) -> dict[str, list
         "--tracking-uri",
         tracking_uri,
     ]
-    common = ["--recipe", "offline", *places, "--res", str(RES_PX), "--num-views", "2"]
+    common = ["--recipe", "offline", *places, "--res", str(RES_PX), "--num-views", "1"]
     fold = ["--fold", str(settings.fold)]
     test = [*fold, "--shots", str(settings.shots), "--episodes", str(settings.episodes)]
 
@@ -119,7 +119,7 @@ def commands(settings: Settings, out: Path, tracking_uri: str) -> dict[str, list
         "teacher embeddings": command("extract_teacher", *common),
         "coarse features": command("extract_features", *common, *coarse),
         "features": command("extract_features", *common),
-        "distil": command("distill", *common, "--distill-res", str(COARSE_PX), str(RES_PX), "--distill-epochs", "4"),
+        "distil": command("distill", *common, "--distill-res", str(COARSE_PX), str(RES_PX), "--distill-epochs", "3"),
         "bake embeddings": command("bake_embeddings", *common),
     }
     for variant in ("compact", "4d"):

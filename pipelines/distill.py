@@ -7,7 +7,6 @@ turn, every stage starting from the best weights (on held-out images) of the one
 Cost: the paper's recipe trains 15 epochs at each of 126, 252 and 518 px; the offline one takes 8 minutes on two cores.
 """
 
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,6 @@ import numpy as np
 import ray.train.torch
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from feature_store import FeatureStore
 from fsdino.adapter import BottleneckAdapter
@@ -137,9 +135,6 @@ def loop(config: dict[str, Any]) -> None:
             optimiser.load_state_dict(state.pop("optimiser"))
         first = state["step"]
         best = state.get("best") or {k: v.clone() for k, v in adapter.state_dict().items()}
-        bar = tqdm(
-            total=steps, initial=first, desc=f"distil {res} px", disable=rank > 0, file=sys.stderr, mininterval=5
-        )
         order: list[str] = []
         shuffled = -1
         for step, indices in enumerate(
@@ -158,9 +153,9 @@ def loop(config: dict[str, Any]) -> None:
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            bar.update()
             done = step + 1
             if run:
+                config["progress"].tell.remote(f"distil {res} px", done, steps)
                 run.log(done, **{f"mse_{res}px": loss.item(), f"lr_{res}px": optimiser.param_groups[0]["lr"]})
             if done % per_epoch == 0:
                 mse, constant = validate(store)
@@ -178,10 +173,11 @@ def loop(config: dict[str, Any]) -> None:
                     }
                     state["results"] = [*state["results"], result]
             if done % settings.workers.checkpoint_every == 0 and done < steps:
+                if run:  # a checkpoint must not be ahead of the curves that lead to it
+                    run.flush()
                 kept = {"stage": stage, "step": done, "best_mse": state["best_mse"], "results": state["results"]}
                 kept |= {"adapter": adapter.state_dict(), "best": best, "optimiser": optimiser.state_dict()}
                 training.save_state(rank, {"stage": stage, "step": done}, **kept)
-        bar.close()
         adapter.load_state_dict(best)
         state = {"stage": stage + 1, "step": 0, "best_mse": float("inf"), "results": state["results"]}
         training.save_state(rank, {"stage": stage + 1, "step": 0}, **state, adapter=adapter.state_dict())

@@ -31,13 +31,10 @@ Network = Callable[[Tensor], Sequence[Tensor]]
 """A normalised batch (or stored features) in, one `b c g g` tensor for each store out."""
 
 
-def connect(show_workers: bool = False) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a local Ray for this process.
-
-    `show_workers` passes on what workers print: the progress bar of a training loop.
-    """
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray for this process."""
     if not ray.is_initialized():
-        ray.init(log_to_driver=show_workers, logging_level="ERROR")
+        ray.init(log_to_driver=False, logging_level="ERROR")
         logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import ray.train.torch
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from feature_store import FeatureStore
 from fsdino.adapter import BottleneckAdapter
@@ -204,9 +203,6 @@ def loop(config: dict[str, Any]) -> None:
         segmenter.load_state_dict(state["segmenter"])
         optimiser.load_state_dict(state["optimiser"])
         first, seconds = state["step"], state["seconds"]
-    bar = tqdm(
-        total=steps, initial=first, desc=f"fold {settings.fold}", disable=rank > 0, file=sys.stderr, mininterval=5
-    )
     clock = training.Stopwatch(seconds)
     losses: dict[str, float] = {}
     indices = training.worker_batches(first, steps, settings.episodic.batch, rank, world)
@@ -219,15 +215,16 @@ def loop(config: dict[str, Any]) -> None:
         parts["loss"].backward()
         optimiser.step()
         losses = {key: value.item() for key, value in parts.items()}
-        bar.update()
         if run:
+            config["progress"].tell.remote(f"train fold {settings.fold}", done, steps)
             run.log(done, **losses, lr=optimiser.param_groups[0]["lr"])
             if done % 50 == 0:
                 run.flush()
         if done % settings.workers.checkpoint_every == 0 and done < steps:
+            if run:  # a checkpoint must not be ahead of the curves that lead to it
+                run.flush()
             kept = {"segmenter": segmenter.state_dict(), "optimiser": optimiser.state_dict(), "seconds": clock.total()}
             training.save_state(rank, {"step": done, **losses}, step=done, **kept)
-    bar.close()
     if run:
         seconds = clock.total()
         result = {

@@ -2,10 +2,12 @@
 
 import json
 import os
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from tqdm import tqdm
 
 from feature_store import Fingerprint, files
 from fsdino import paper
@@ -62,11 +65,13 @@ def run(
     run_id = record["run_id"] if record else None
     run = tracking.start(places.tracking_uri, experiment, name, identity, tags, run_id)
     files.write_bytes(f"{folder}/{name}", "run.json", json.dumps({"identity": identity, "run_id": run.run_id}).encode())
-    connect(show_workers=True)
+    connect()
+    progress = Progress.remote()
     resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if workers.gpu else {})
     trainer = TorchTrainer(
         loop,
-        train_loop_config=config | {"run_id": run.run_id, "tracking_uri": run.tracking_uri, "workers": workers},
+        train_loop_config=config
+        | {"run_id": run.run_id, "tracking_uri": run.tracking_uri, "workers": workers, "progress": progress},
         scaling_config=ScalingConfig(num_workers=workers.workers, use_gpu=workers.gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
@@ -76,11 +81,51 @@ def run(
         ),
     )
     try:
-        trainer.fit()
+        with _shown(progress):
+            trainer.fit()
     except BaseException:
         run.end(ok=False)
         raise
     run.end()
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """Where a training loop is; rank 0 tells it, the driver asks. Workers may be on any node."""
+
+    def __init__(self):
+        self._at = ("starting workers", 0, None)
+
+    def tell(self, title: str, done: int, total: int) -> None:
+        """Set the stage's title, and its steps done and in all."""
+        self._at = (title, done, total)
+
+    def ask(self) -> tuple[str, int, int | None]:
+        """What was told last."""
+        return self._at
+
+
+@contextmanager
+def _shown(progress: Any) -> Iterator[None]:
+    """A progress bar on this terminal while the block runs."""
+    stop = threading.Event()
+
+    def show() -> None:
+        with tqdm(unit="step", file=sys.stderr) as bar:
+            while not stop.wait(1):
+                title, done, total = ray.get(progress.ask.remote())
+                if title != bar.desc.removesuffix(": "):
+                    bar.reset(total)
+                    bar.set_description(title, refresh=False)
+                bar.update(done - bar.n)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def publish(folder: str | Path, url: str) -> None:
