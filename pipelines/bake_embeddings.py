@@ -57,8 +57,10 @@ def job(settings: Settings) -> dict[str, Any]:
         precision=settings.extraction.precision,
     )
     destination = stages.store_url(settings.places.store, dataset.name, training.embedding_name(settings.model), res)
+    read = stages.ReadShard(url)
+    tracking_uri = settings.places.tracking_uri
     return stages.extract(
-        lambda: adapter, stages.ReadShard(url), {destination: target}, early.samples, settings.extraction
+        lambda: adapter, read, {destination: target}, early.samples, settings.extraction, tracking_uri
     )
 
 

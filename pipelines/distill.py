@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import ray.train.torch
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from feature_store import FeatureStore
@@ -21,9 +23,11 @@ from fsdino.adapter import BottleneckAdapter
 from fsdino.data.voc import VocDataset
 from fsdino.errors import UserError
 from fsdino.losses import distillation_loss
-from pipelines import stages, tracking, training
+from pipelines import panels, stages, tracking, training
 from pipelines.cli import main
 from pipelines.recipes import Distillation, Encoding, Places, RecipeName, Workers
+
+PANEL, PANEL_ROWS = "panels/embeddings.png", 4
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def loop(config: dict[str, Any]) -> None:
         squared, count, constant = 0.0, 0, []
         for at in range(0, len(held_out), distillation.distill_batch):
             x, y = pairs(store, held_out[at : at + distillation.distill_batch])
-            target = torch.nn.functional.interpolate(y, size=x.shape[-2:], mode="area")
+            target = F.interpolate(y, size=x.shape[-2:], mode="area")
             with training.autocast(settings.workers, device):
                 predicted = adapter(x).float()
             squared += float(((predicted - target) ** 2).sum())
@@ -186,8 +190,23 @@ def loop(config: dict[str, Any]) -> None:
             of = {"encoder": asdict(early[-1].fingerprint), "teacher": asdict(teacher.fingerprint)}
             adapter.save(folder, stages=state["results"], of=of, commit=tracking.commit())
             run.folder(folder, "adapter")
+            run.picture(
+                draw_panel(config["dataset"], adapter, pairs(early[-1], held_out[:PANEL_ROWS]), held_out), PANEL
+            )
             training.publish(folder, f"{config['folder']}/final")
         run.flush()
+
+
+@torch.inference_mode()
+def draw_panel(
+    dataset: VocDataset, adapter: BottleneckAdapter, pairs: tuple[Tensor, Tensor], ids: list[str]
+) -> Image.Image:
+    """Held-out images with the teacher's and the student's embedding at the last resolution."""
+    early, teacher = pairs
+    student = adapter(early)
+    target = F.interpolate(teacher, size=student.shape[-2:], mode="area")
+    maps = (x.movedim(1, -1).float().cpu().numpy() for x in (target, student))
+    return panels.embeddings([dataset.image(image_id) for image_id in ids[: len(early)]], *maps)
 
 
 if __name__ == "__main__":

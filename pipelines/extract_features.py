@@ -72,7 +72,7 @@ def job(settings: Settings) -> dict[str, Any]:
     def build() -> Selected:
         return Selected(encoding, settings.features)
 
-    return stages.extract(build, decode, targets, rows, settings.extraction)
+    return stages.extract(build, decode, targets, rows, settings.extraction, settings.places.tracking_uri)
 
 
 if __name__ == "__main__":

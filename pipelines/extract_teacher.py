@@ -48,7 +48,7 @@ def job(settings: Settings) -> dict[str, Any]:
     rows = stages.plan_rows(dataset, ["train"], num_views=1)
     url = stages.store_url(settings.places.store, dataset.name, "teacher", res)
     decode = stages.DecodeShard(fingerprint.res_px, fingerprint.view_seed)
-    return stages.extract(build, decode, {url: fingerprint}, rows, settings.extraction)
+    return stages.extract(build, decode, {url: fingerprint}, rows, settings.extraction, settings.places.tracking_uri)
 
 
 if __name__ == "__main__":

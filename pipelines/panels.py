@@ -44,6 +44,22 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image.Image | None]]) 
     return canvas
 
 
+def embeddings(images: Sequence[Image.Image], teacher: np.ndarray, student: np.ndarray) -> Image.Image:
+    """Images with teacher and student embeddings (n, g, g, e) in the colours of one PCA of the teacher's."""
+    flat = teacher.reshape(-1, teacher.shape[-1]).astype(np.float64)
+    mean = flat.mean(0)
+    _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
+    low, high = np.percentile((flat - mean) @ axes[:3].T, (2, 98), axis=0)
+
+    def colours(one: np.ndarray) -> Image.Image:
+        shares = ((one - mean) @ axes[:3].T - low) / (high - low)
+        small = Image.fromarray((np.clip(shares, 0, 1) * 255).astype(np.uint8))
+        return small.resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
+
+    rows = [[image, colours(t), colours(s)] for image, t, s in zip(images, teacher, student, strict=True)]
+    return panel(("image", "teacher", "student"), rows)
+
+
 def episodes(dataset: VocDataset, view_seed: int, drawn: Sequence[Episode], predicted: Prediction) -> Image.Image:
     """Support, its mask, query, truth, prior and prediction of each episode (its first support)."""
     rows = []

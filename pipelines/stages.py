@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from feature_store.layout import num_shards, shard_rows
 from fsdino.data.views import draw_view
 from fsdino.data.voc import VocDataset
 from fsdino.preprocess import read_image, resize_square, to_input
+from pipelines import tracking
 from pipelines.recipes import Extraction
 
 Network = Callable[[Tensor], Sequence[Tensor]]
@@ -129,10 +131,12 @@ def extract(
     targets: dict[str, Fingerprint],
     rows: Sequence[Row],
     settings: Extraction,
+    tracking_uri: str,
 ) -> dict[str, Any]:
     """Fill the stores `targets` (URL to fingerprint, in the order of the network's outputs) and seal them.
 
-    Prints the plan, shows progress, does only the shards that some store lacks. Returns counts for the summary.
+    Prints the plan, shows progress, does only the shards that some store lacks. Returns counts for the summary; a run
+    that computed anything is also in MLflow's experiment `extract`.
     """
     started = time.perf_counter()
     writers = [create(url, fingerprint, rows) for url, fingerprint in targets.items()]
@@ -145,6 +149,9 @@ def extract(
     print(f"{total - len(missing)} of {total} shards done, {todo} samples to compute", file=sys.stderr)
     written = 0
     if missing:
+        tags = {f"store.{mark.feature}": str(asdict(mark)) for mark in targets.values()}
+        name = "+".join(f"{mark.feature}@{mark.res_px}" for mark in targets.values())
+        run = tracking.start(tracking_uri, "extract", name, asdict(settings) | {"samples": len(rows)}, tags)
         connect()
         ray.data.DataContext.get_current().enable_progress_bars = False
         items = ray.data.from_items([_item(shard, rows) for shard in missing], override_num_blocks=len(missing))
@@ -162,13 +169,11 @@ def extract(
                 written += int(row["bytes"])
     for writer in writers:
         writer.seal()
-    return {
-        "stores": list(targets),
-        "samples": len(rows),
-        "computed": todo,
-        "bytes": written,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    seconds = round(time.perf_counter() - started, 1)
+    if missing:
+        run.log(0, computed=todo, bytes=written, seconds=seconds)
+        run.end()
+    return {"stores": list(targets), "samples": len(rows), "computed": todo, "bytes": written, "seconds": seconds}
 
 
 def _item(shard: int, rows: Sequence[Row]) -> dict[str, Any]:

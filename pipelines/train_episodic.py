@@ -238,9 +238,8 @@ def loop(config: dict[str, Any]) -> None:
             segmenter.save(folder, **origin, training=result, dataset=dataset.name, commit=tracking.commit())
             run.folder(folder, "segmenter")
             training.publish(folder, f"{config['folder']}/final")
+        run.log(steps, seconds_per_step=result["seconds_per_step"])
         run.flush()
-    kept = {"segmenter": segmenter.state_dict(), "optimiser": optimiser.state_dict(), "seconds": clock.total()}
-    training.save_state(rank, {"step": steps, **losses}, step=steps, **kept)
 
 
 @torch.inference_mode()
