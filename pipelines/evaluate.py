@@ -83,8 +83,7 @@ def job(settings: Settings) -> dict[str, Any]:
     identity = training.identity_of(testing=settings.testing, model=settings.model, encoding=settings.encoding)
     identity |= {"fold": settings.fold, "shots": settings.shots, "method": variant, "protocol": dataset.protocol}
     tags = {"dataset": dataset.name, "store.late": str(asdict(late.fingerprint))}
-    run = tracking.start(places.tracking_uri, "evaluate", f"fold{settings.fold}-{variant}", identity, tags)
-    try:
+    with tracking.running(places.tracking_uri, "evaluate", f"fold{settings.fold}-{variant}", identity, tags) as run:
         score = score_episodes(
             predict, loader, sampler, settings.testing.episodes, device, dataset.novel(settings.fold)
         )
@@ -97,10 +96,6 @@ def job(settings: Settings) -> dict[str, Any]:
             picture.save(settings.panel)
         per_class = {dataset.class_names[c - 1]: round(iou, 6) for c, iou in result["per_class"].items()}
         run.log(0, miou=result["miou"], fb_iou=result["fb_iou"], **{f"iou_{n}": v for n, v in per_class.items()})
-    except BaseException:
-        run.end(ok=False)
-        raise
-    run.end()
     return {
         "dataset": dataset.name,
         "protocol": dataset.protocol,

@@ -148,10 +148,13 @@ def extract(
         print(f"{url}: {len(rows)} samples, {size / 1e9:.2f} GB", file=sys.stderr)
     print(f"{total - len(missing)} of {total} shards done, {todo} samples to compute", file=sys.stderr)
     written = 0
-    if missing:
-        tags = {f"store.{mark.feature}": str(asdict(mark)) for mark in targets.values()}
-        name = "+".join(f"{mark.feature}@{mark.res_px}" for mark in targets.values())
-        run = tracking.start(tracking_uri, "extract", name, asdict(settings) | {"samples": len(rows)}, tags)
+    if not missing:
+        for writer in writers:
+            writer.seal()
+        return {"stores": list(targets), "samples": len(rows), "computed": 0, "bytes": 0, "seconds": 0.0}
+    tags = {f"store.{mark.feature}": str(asdict(mark)) for mark in targets.values()}
+    name = "+".join(f"{mark.feature}@{mark.res_px}" for mark in targets.values())
+    with tracking.running(tracking_uri, "extract", name, asdict(settings) | {"samples": len(rows)}, tags) as run:
         connect()
         ray.data.DataContext.get_current().enable_progress_bars = False
         items = ray.data.from_items([_item(shard, rows) for shard in missing], override_num_blocks=len(missing))
@@ -167,12 +170,10 @@ def extract(
             for row in done.iter_rows():
                 bar.update(int(row["images"]))
                 written += int(row["bytes"])
-    for writer in writers:
-        writer.seal()
-    seconds = round(time.perf_counter() - started, 1)
-    if missing:
+        for writer in writers:
+            writer.seal()
+        seconds = round(time.perf_counter() - started, 1)
         run.log(0, computed=todo, bytes=written, seconds=seconds)
-        run.end()
     return {"stores": list(targets), "samples": len(rows), "computed": todo, "bytes": written, "seconds": seconds}
 
 

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,38 +53,26 @@ class Run:
         self.client.set_terminated(self.run_id, "FINISHED" if ok else "FAILED")
 
 
-def start(
+@contextmanager
+def running(
     tracking_uri: str,
     experiment: str,
     name: str,
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
     run_id: str | None = None,
-) -> Run:
-    """Begin a run, or take up the run `run_id` that was interrupted.
+) -> Iterator[Run]:
+    """A new run, or the run `run_id` that was interrupted; at the end of the block it is finished, or failed.
 
     Raises UserError if the tracking server cannot be reached.
     """
-    uri = absolute_uri(tracking_uri)
+    run = _begin(tracking_uri, experiment, name, params, tags or {}, run_id)
     try:
-        client = MlflowClient(uri)
-        if run_id is not None:
-            client.update_run(run_id, status="RUNNING")
-            return Run(uri, run_id)
-        found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment, _artifact_root(uri))
-        run = client.create_run(experiment_id, run_name=name)
-    except MlflowException as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"--tracking-uri {tracking_uri}: MLflow does not answer there ({first}); start it or name a file"
-        ) from None
-    run_id = run.info.run_id
-    entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
-    for at in range(0, len(entries), PARAM_LIMIT):
-        client.log_batch(run_id, params=entries[at : at + PARAM_LIMIT])
-    client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in {"commit": commit(), **(tags or {})}.items()])
-    return Run(uri, run_id)
+        yield run
+    except BaseException:
+        run.end(ok=False)
+        raise
+    run.end()
 
 
 def runs(tracking_uri: str, experiment: str) -> list[dict[str, dict]]:
@@ -120,3 +109,33 @@ def _artifact_root(uri: str) -> str | None:
     if urlsplit(uri).scheme != "sqlite":
         return None
     return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+
+
+def _begin(
+    tracking_uri: str,
+    experiment: str,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    run_id: str | None,
+) -> Run:
+    uri = absolute_uri(tracking_uri)
+    try:
+        client = MlflowClient(uri)
+        if run_id is not None:
+            client.update_run(run_id, status="RUNNING")
+            return Run(uri, run_id)
+        found = client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment, _artifact_root(uri))
+        run = client.create_run(experiment_id, run_name=name)
+    except MlflowException as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"--tracking-uri {tracking_uri}: MLflow does not answer there ({first}); start it or name a file"
+        ) from None
+    run_id = run.info.run_id
+    entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
+    for at in range(0, len(entries), PARAM_LIMIT):
+        client.log_batch(run_id, params=entries[at : at + PARAM_LIMIT])
+    client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in {"commit": commit(), **tags}.items()])
+    return Run(uri, run_id)

@@ -63,30 +63,29 @@ def run(
     if record is not None and files.exists(f"{folder}/{name}/final", checkpoint_files(result)[1]):
         return
     run_id = record["run_id"] if record else None
-    run = tracking.start(places.tracking_uri, experiment, name, identity, tags, run_id)
-    files.write_bytes(f"{folder}/{name}", "run.json", json.dumps({"identity": identity, "run_id": run.run_id}).encode())
-    connect()
-    progress = Progress.remote()
-    resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if workers.gpu else {})
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config=config
-        | {"run_id": run.run_id, "tracking_uri": run.tracking_uri, "workers": workers, "progress": progress},
-        scaling_config=ScalingConfig(num_workers=workers.workers, use_gpu=workers.gpu, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=name,
-            storage_path=folder,
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    try:
+    with tracking.running(places.tracking_uri, experiment, name, identity, tags, run_id) as run:
+        files.write_bytes(
+            f"{folder}/{name}", "run.json", json.dumps({"identity": identity, "run_id": run.run_id}).encode()
+        )
+        connect()
+        progress = Progress.remote()
+        resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if workers.gpu else {})
+        trainer = TorchTrainer(
+            loop,
+            train_loop_config=config
+            | {"run_id": run.run_id, "tracking_uri": run.tracking_uri, "workers": workers, "progress": progress},
+            scaling_config=ScalingConfig(
+                num_workers=workers.workers, use_gpu=workers.gpu, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
         with _shown(progress):
             trainer.fit()
-    except BaseException:
-        run.end(ok=False)
-        raise
-    run.end()
 
 
 @ray.remote(num_cpus=0)
