@@ -8,6 +8,7 @@ Cost: the paper's recipe trains 15 epochs at each of 126, 252 and 518 px; the of
 """
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipelines import panels, stages, tracking, training
 from pipelines.cli import main
 from pipelines.recipes import Distillation, Encoding, Places, RecipeName, Workers
 
-PANEL, PANEL_ROWS = "panels/embeddings.png", 4
+PANEL_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -97,104 +98,124 @@ def num_parameters(module: torch.nn.Module) -> int:
 
 
 def loop(config: dict[str, Any]) -> None:
-    """One worker: all stages in turn. Every rank holds the same adapter; rank 0 logs and writes."""
-    settings: Settings = config["settings"]
-    distillation = settings.distillation
-    device, rank, world = training.set_up(config)
-    early, teacher = open_stores(settings, config["dataset"].name)
-    held_out, ids = split(config["dataset"].ids("train"), settings)
-    adapter = BottleneckAdapter(early[0].fingerprint.channels, teacher.fingerprint.channels).to(device)
-    model = ray.train.torch.prepare_model(adapter)
-    run = tracking.Run(config["tracking_uri"], config["run_id"]) if rank == 0 else None
+    """One worker: all stages in turn, each from the best weights of the one before; rank 0 logs and writes."""
+    distiller = Distiller(config)
+    state = training.load_state() or {"stage": 0, "step": 0, "results": [], "adapter": distiller.weights()}
+    while state["stage"] < len(distiller.early):
+        state = distiller.stage(state)
+        training.save_state(distiller.rank, {"stage": state["stage"], "step": 0}, **state)
+    distiller.adapter.load_state_dict(state["adapter"])
+    distiller.finish(state["results"])
 
-    def pairs(store: FeatureStore, chosen: list[str]) -> tuple[Tensor, Tensor]:
-        views = [0] * len(chosen)
-        both = (store.read(store.rows(chosen, views)), teacher.read(teacher.rows(chosen, views)))
-        x, y = (torch.from_numpy(a).movedim(-1, 1).to(device, torch.float32) for a in both)
-        return x, y
 
-    @torch.inference_mode()
-    def validate(store: FeatureStore) -> tuple[float, float]:
-        """MSE on the held-out images, and the MSE of predicting each channel's mean (the zero of R^2)."""
-        squared, count, constant = 0.0, 0, []
-        for at in range(0, len(held_out), distillation.distill_batch):
-            x, y = pairs(store, held_out[at : at + distillation.distill_batch])
-            target = F.interpolate(y, size=x.shape[-2:], mode="area")
-            with training.autocast(settings.workers, device):
-                predicted = adapter(x).float()
-            squared += float(((predicted - target) ** 2).sum())
-            count += target.numel()
-            constant.append(target)
-        return squared / count, float(torch.cat(constant).var((0, 2, 3), unbiased=False).mean())
+class Distiller:
+    """A worker's adapter, stores and images. Every rank holds the same adapter and validates it alike."""
 
-    state = training.load_state() or {"stage": 0, "step": 0, "best_mse": float("inf"), "results": []}
-    if "adapter" in state:
-        adapter.load_state_dict(state["adapter"])
-    for stage in range(state["stage"], len(early)):
-        store, res = early[stage], distillation.distill_res[stage]
-        per_epoch = len(ids) // distillation.distill_batch
-        steps = per_epoch * distillation.distill_epochs
-        optimiser = torch.optim.AdamW(adapter.parameters(), lr=distillation.distill_lr)
+    def __init__(self, config: dict[str, Any]):
+        settings: Settings = config["settings"]
+        self.config, self.settings, self.distillation = config, settings, settings.distillation
+        self.device, self.rank, self.world = training.set_up(config)
+        self.early, self.teacher = open_stores(settings, config["dataset"].name)
+        self.held_out, self.ids = split(config["dataset"].ids("train"), settings)
+        channels = (self.early[0].fingerprint.channels, self.teacher.fingerprint.channels)
+        self.adapter = BottleneckAdapter(*channels).to(self.device)
+        self.model = ray.train.torch.prepare_model(self.adapter)
+        self.run = tracking.Run(config["tracking_uri"], config["run_id"]) if self.rank == 0 else None
+
+    def stage(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Train at one resolution from `state`; returns the state that the next stage starts from."""
+        stage, first, workers = state["stage"], state["step"], self.settings.workers
+        store, res = self.early[stage], self.distillation.distill_res[stage]
+        per_epoch = len(self.ids) // self.distillation.distill_batch
+        steps = per_epoch * self.distillation.distill_epochs
+        self.adapter.load_state_dict(state["adapter"])
+        optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=self.distillation.distill_lr)
         if "optimiser" in state:
-            optimiser.load_state_dict(state.pop("optimiser"))
-        first = state["step"]
-        best = state.get("best") or {k: v.clone() for k, v in adapter.state_dict().items()}
-        order: list[str] = []
-        shuffled = -1
-        for step, indices in enumerate(
-            training.worker_batches(first, steps, distillation.distill_batch, rank, world), start=first
-        ):
-            epoch = step // per_epoch
-            if epoch != shuffled:
-                rng = np.random.default_rng([settings.workers.seed, stage, epoch])
-                order, shuffled = [ids[i] for i in rng.permutation(len(ids))], epoch
-            offset = epoch * per_epoch * distillation.distill_batch
-            x, y = pairs(store, [order[i - offset] for i in indices])
-            optimiser.param_groups[0]["lr"] = distillation.distill_lr * training.poly(step, steps)
-            with training.autocast(settings.workers, device):
-                predicted = model(x)
+            optimiser.load_state_dict(state["optimiser"])
+        best, best_mse, r2 = state.get("best", state["adapter"]), state.get("best_mse", float("inf")), 0.0
+        for step, chosen in enumerate(self.batches(stage, first, steps, per_epoch), start=first):
+            lr = optimiser.param_groups[0]["lr"] = self.distillation.distill_lr * training.poly(step, steps)
+            x, y = self.pairs(store, chosen)
+            with training.autocast(workers, self.device):
+                predicted = self.model(x)
             loss = distillation_loss(predicted, y)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
             done = step + 1
-            if run:
-                config["progress"].tell.remote(f"distil {res} px", done, steps)
-                run.log(done, **{f"mse_{res}px": loss.item(), f"lr_{res}px": optimiser.param_groups[0]["lr"]})
+            self.log(done, steps, res, mse=loss.item(), lr=lr)
             if done % per_epoch == 0:
-                mse, constant = validate(store)
-                if mse < state["best_mse"]:
-                    state["best_mse"], best = mse, {k: v.clone() for k, v in adapter.state_dict().items()}
-                if run:
-                    run.log(done, **{f"val_mse_{res}px": mse, f"val_r2_{res}px": 1 - mse / constant})
-                    run.flush()
-                if done == steps:
-                    result = {
-                        "res_px": res,
-                        "steps": steps,
-                        "val_mse": state["best_mse"],
-                        "val_r2": 1 - state["best_mse"] / constant,
-                    }
-                    state["results"] = [*state["results"], result]
-            if done % settings.workers.checkpoint_every == 0 and done < steps:
-                if run:  # a checkpoint must not be ahead of the curves that lead to it
-                    run.flush()
-                kept = {"stage": stage, "step": done, "best_mse": state["best_mse"], "results": state["results"]}
-                kept |= {"adapter": adapter.state_dict(), "best": best, "optimiser": optimiser.state_dict()}
-                training.save_state(rank, {"stage": stage, "step": done}, **kept)
-        adapter.load_state_dict(best)
-        state = {"stage": stage + 1, "step": 0, "best_mse": float("inf"), "results": state["results"]}
-        training.save_state(rank, {"stage": stage + 1, "step": 0}, **state, adapter=adapter.state_dict())
-    if run:
+                mse, constant = self.validate(store)
+                self.log(done, steps, res, val_mse=mse, val_r2=1 - mse / constant)
+                if mse < best_mse:
+                    best, best_mse = self.weights(), mse
+                r2 = 1 - best_mse / constant
+            if done % workers.checkpoint_every == 0 and done < steps:
+                self.flush()  # a checkpoint must not be ahead of the curves that lead to it
+                kept = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
+                kept |= {"stage": stage, "step": done, "results": state["results"], "best": best, "best_mse": best_mse}
+                training.save_state(self.rank, {"stage": stage, "step": done}, **kept)
+        self.flush()
+        result = {"res_px": res, "steps": steps, "val_mse": best_mse, "val_r2": r2}
+        return {"stage": stage + 1, "step": 0, "results": [*state["results"], result], "adapter": best}
+
+    def batches(self, stage: int, first: int, steps: int, per_epoch: int) -> Iterator[list[str]]:
+        """This worker's images of each step; the order of an epoch depends on (seed, stage, epoch) alone."""
+        batch = self.distillation.distill_batch
+        indices = training.worker_batches(first, steps, batch, self.rank, self.world)
+        for step, wanted in enumerate(indices, start=first):
+            epoch = step // per_epoch
+            order = np.random.default_rng([self.settings.workers.seed, stage, epoch]).permutation(len(self.ids))
+            yield [self.ids[order[i - epoch * per_epoch * batch]] for i in wanted]
+
+    def pairs(self, store: FeatureStore, chosen: list[str]) -> tuple[Tensor, Tensor]:
+        """Early features and teacher embeddings of these images."""
+        views = [0] * len(chosen)
+        both = (store.read(store.rows(chosen, views)), self.teacher.read(self.teacher.rows(chosen, views)))
+        x, y = (torch.from_numpy(a).movedim(-1, 1).to(self.device, torch.float32) for a in both)
+        return x, y
+
+    @torch.inference_mode()
+    def validate(self, store: FeatureStore) -> tuple[float, float]:
+        """MSE on the held-out images, and the MSE of predicting each channel's mean (the zero of R^2)."""
+        squared, targets = 0.0, []
+        for at in range(0, len(self.held_out), self.distillation.distill_batch):
+            x, y = self.pairs(store, self.held_out[at : at + self.distillation.distill_batch])
+            targets.append(F.interpolate(y, size=x.shape[-2:], mode="area"))
+            with training.autocast(self.settings.workers, self.device):
+                predicted = self.adapter(x).float()
+            squared += float(((predicted - targets[-1]) ** 2).sum())
+        target = torch.cat(targets)
+        return squared / target.numel(), float(target.var((0, 2, 3), unbiased=False).mean())
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the adapter's weights."""
+        return {key: value.detach().clone() for key, value in self.adapter.state_dict().items()}
+
+    def log(self, done: int, steps: int, res: int, **metrics: float) -> None:
+        """Metrics of a step under their resolution, and the step for the progress bar; from rank 0."""
+        if self.run:
+            self.config["progress"].tell.remote(f"distil {res} px", done, steps)
+            self.run.log(done, **{f"{name}_{res}px": value for name, value in metrics.items()})
+
+    def flush(self) -> None:
+        """Send the metrics."""
+        if self.run:
+            self.run.flush()
+
+    def finish(self, results: list[dict[str, Any]]) -> None:
+        """Write the adapter, its panel and its record; from rank 0."""
+        if self.run is None:
+            return
         with tempfile.TemporaryDirectory() as folder:
-            of = {"encoder": asdict(early[-1].fingerprint), "teacher": asdict(teacher.fingerprint)}
-            adapter.save(folder, stages=state["results"], of=of, commit=tracking.commit())
-            run.folder(folder, "adapter")
-            run.picture(
-                draw_panel(config["dataset"], adapter, pairs(early[-1], held_out[:PANEL_ROWS]), held_out), PANEL
-            )
-            training.publish(folder, f"{config['folder']}/final")
-        run.flush()
+            of = {"encoder": asdict(self.early[-1].fingerprint), "teacher": asdict(self.teacher.fingerprint)}
+            self.adapter.save(folder, stages=results, of=of, commit=tracking.commit())
+            self.run.folder(folder, "adapter")
+            shown = self.held_out[:PANEL_ROWS]
+            picture = draw_panel(self.config["dataset"], self.adapter, self.pairs(self.early[-1], shown), shown)
+            self.run.picture(picture, "panels/embeddings.png")
+            training.publish(folder, f"{self.config['folder']}/final")
+        self.flush()
 
 
 @torch.inference_mode()
@@ -206,7 +227,7 @@ def draw_panel(
     student = adapter(early)
     target = F.interpolate(teacher, size=student.shape[-2:], mode="area")
     maps = (x.movedim(1, -1).float().cpu().numpy() for x in (target, student))
-    return panels.embeddings([dataset.image(image_id) for image_id in ids[: len(early)]], *maps)
+    return panels.embeddings([dataset.image(image_id) for image_id in ids], *maps)
 
 
 if __name__ == "__main__":
