@@ -14,7 +14,9 @@ def absolute(url: str) -> str:
 
 def local_path(url: str) -> str | None:
     """The path of a local store, None for a remote one."""
-    return None if urlsplit(url).scheme not in ("", "file") else urlsplit(url).path
+    if not urlsplit(url).scheme:
+        return url
+    return url.removeprefix("file://") if url.startswith("file://") else None
 
 
 def read_bytes(url: str, key: str) -> bytes:

@@ -21,8 +21,9 @@ class Fingerprint:
     grid: int
     channels: int
     view_seed: int
-    preprocessing: str = "exif-transpose, square bilinear antialiased, x/255 normalised by the model's mean and std"
-    precision: str = "float32"
+    preprocessing: str
+    """How a file becomes the network's input, views included, with a version of its own."""
+    precision: str = "fp32"
     """Of the forward pass."""
     dtype: str = "float16"
     """As stored."""

@@ -20,17 +20,21 @@ from feature_store.schema import Fingerprint, Row
 def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWriter":
     """Create the store, or open the one that an earlier run left there if it is of the same making.
 
-    Raises StoreError if a store of another fingerprint or of other rows is in the way.
+    Raises StoreError if a store of another fingerprint or of other rows is in the way, or the URL is of no known kind.
     """
     url = files.absolute(url)
     if not rows:
         raise StoreError(f"{url}: expected at least one row to store, got none")
-    if files.exists(url, "zarr.json"):
+    try:
+        created = files.exists(url, "zarr.json")
+    except (ValueError, ImportError) as error:  # fsspec's words for an unknown scheme or a missing driver
+        raise StoreError(f"{url}: expected a path or an fsspec URL, got: {error}; check --store") from None
+    if created:
         writer = ShardWriter(url)
         differing = writer.fingerprint.differences(fingerprint.record()["fingerprint"])
         if differing:
             raise StoreError(f"{url}: another store is in the way ({'; '.join(differing)}); choose another --store")
-        if list(rows) != writer.rows:
+        if [row[:2] for row in rows] != [row[:2] for row in writer.rows]:  # the data set may lie elsewhere by now
             raise StoreError(
                 f"{url}: a store of other images is in the way (expected {len(rows)} rows, got {len(writer.rows)}, "
                 "or in another order); choose another --store"
@@ -65,6 +69,10 @@ class ShardWriter:
         done = set(files.names(self.url, "markers"))
         shards = range(layout.num_shards(len(self.rows)))
         return [s for s in shards if layout.marker_key(s).removeprefix("markers/") not in done]
+
+    def has(self, shard: int) -> bool:
+        """Whether the shard is finished."""
+        return files.exists(self.url, layout.marker_key(shard))
 
     def write(self, shard: int, features: np.ndarray, sizes: Sequence[tuple[int, int]]) -> int:
         """Write a whole shard, features of shape (rows, grid, grid, channels), then its marker. Returns the bytes.

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,6 +41,8 @@ def read(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, An
         raise UserError(
             f"{folder}: expected a checkpoint with {name}.json, found none ({error.filename}); train it first"
         ) from None
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: expected a whole checkpoint, got a damaged one ({error}); write it again") from None
     if record.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{description}: expected format version {FORMAT_VERSION}, got {record.get('format_version')}; "

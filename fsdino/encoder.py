@@ -154,7 +154,7 @@ def build_encoder(name: str, weights: str | None = None, seed: int = 0) -> Encod
         load_state(vit, name, weights, convert=_dinov2_to_timm)
         return DinoV2Encoder(vit, name)
     if name == "tiny_vit":
-        return DinoV2Encoder(_tiny_vit(seed), f"tiny_vit-{seed}")
+        return DinoV2Encoder(_tiny_vit(seed), name)
     if name in ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"):
         return EfficientNetLiteEncoder(name)
     known = ", ".join(

@@ -3,7 +3,6 @@
 IMAGE_RES_PX = 518  # Sec. 4.1, few-shot training and test
 DISTILL_RES_PX = (126, 252, 518)  # Sec. 3.3.2 and 4.1, coarse to fine
 DISTILL_EPOCHS = 15  # Sec. 4.1, at each resolution
-PATCH_PX = 14  # Sec. 3.3.1 says 37 x 37 positions at 518 px; "ViT-B/16" in Sec. 4.1 is a slip
 EARLY_LAYER = 3  # Sec. 2.1: DINOv2's 3rd layer is nearest to SAM's output embedding (block index 2)
 BATCH_SIZE = 8  # Sec. 4.1, in all, for distillation and for episodes
 LEARNING_RATE = 1e-3  # Sec. 4.1
@@ -11,7 +10,6 @@ DECODER_LEARNING_RATE = 1e-4  # not stated; HDMNet's code, which Sec. 4.1 follow
 WEIGHT_DECAY = 0.01  # not stated; HDMNet
 POLY_POWER = 0.9  # not stated; HDMNet, per iteration, no warm-up
 EPOCHS_PASCAL = 100  # Sec. 4.1
-EPOCHS_COCO = 50  # Sec. 4.1
 
 ADAPTER_WIDTHS = (256, 256, 128)  # Sec. 3.3.1: 1x1, 3x3, 1x1
 ADAPTER_BLOCKS = 2  # Sec. 3.3.1
@@ -24,7 +22,6 @@ PRIOR_HEAD_WIDTHS = (256, 256)  # not stated; 361 -> 256 -> 256 -> 1 gives the "
 PRIOR_UPSCALE = 4  # Sec. 3.4.1, the prior mask is 4 times the grid
 SIMILARITY_SCALE = 10.0  # not stated; a cosine of +-1 becomes a logit that a sigmoid can use
 
-SAM_RES_PX = 1024  # SAM's own input side
 SAM_DECODER_DEPTH = 2  # segment-anything, build_sam.py
 SAM_DECODER_HEADS = 8
 SAM_DECODER_MLP = 2048

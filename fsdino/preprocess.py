@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fsdino.errors import UserError
 
+PREPROCESSING = "v1: EXIF-transposed, views v1, square bilinear antialiased, x/255, the model's mean and std"
+"""Of every stored feature; change its version with anything here or in data/views.py that changes a pixel."""
+
 
 def read_image(path: str | Path) -> Image.Image:
     """The photograph at `path` as RGB, turned as its EXIF says (as cv2.imread, which the benchmarks use, does).
@@ -43,7 +46,8 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w
             f"got {image.size[0]}x{image.size[1]}; draw the mask on that photograph"
         )
     # A palette's colours are names, not values: index 0 is the background whatever its colour.
-    mask = np.array(image if image.mode in ("P", "L") else image.convert("L")) > 0
+    values = np.array(image.convert("RGB") if image.mode in ("RGBA", "LA", "PA", "CMYK") else image)
+    mask = np.atleast_3d(values).any(-1)
     if not mask.any():
         raise UserError(
             f"{path}: expected at least one foreground pixel, got none; mark the object with a value above 0"

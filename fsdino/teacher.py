@@ -112,7 +112,7 @@ def build_teacher(name: str, weights: str | None = None, seed: int = 0) -> Teach
         load_state(sam, name, weights)
         return SamTeacher(sam.image_encoder, name)
     if name == "tiny_sam":
-        return SamTeacher(_tiny_sam(seed), f"tiny_sam-{seed}")
+        return SamTeacher(_tiny_sam(seed), name)
     if name in ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"):
         return EfficientNetLiteTeacher(name)
     known = ", ".join(
@@ -123,6 +123,8 @@ def build_teacher(name: str, weights: str | None = None, seed: int = 0) -> Teach
 
 def sam_decoder_state(name: str, weights: str | None = None) -> dict[str, Tensor]:
     """SAM's mask decoder, mask downscaling and Gaussian matrix, under the names of `Segmenter`."""
+    if name not in SAM_REGISTRY:
+        raise UserError(f"--sam-decoder {name}: no such checkpoint; known are {', '.join(SAM_REGISTRY)}")
     sam = sam_model_registry[SAM_REGISTRY[name]]()
     load_state(sam, name, weights)
     state = {f"decoder.{key}": value for key, value in sam.mask_decoder.state_dict().items()}

@@ -9,13 +9,13 @@ The segmenter trains on these 256 channels and never reads `early`. `--no-distil
 from dataclasses import dataclass
 from typing import Any
 
-from feature_store import FeatureStore, Fingerprint
+from feature_store import Fingerprint
 from fsdino.data.voc import VocDataset
 from fsdino.errors import UserError
 from fsdino.weights import state_digest
 from pipelines import stages, training
 from pipelines.cli import main
-from pipelines.recipes import Encoding, Extraction, Model, Places, RecipeName, Workers
+from pipelines.recipes import Encoding, Extraction, Model, Places, RecipeName
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,13 @@ class Settings:
     encoding: Encoding
     extraction: Extraction
     model: Model
-    workers: Workers
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Plan, bake, seal."""
     dataset, res = VocDataset(settings.places.data), settings.encoding.res
-    url = stages.store_url(settings.places.store, dataset.name, "early", res)
-    early = FeatureStore(url, {"feature": "early", "res_px": res})
-    adapter = training.load_adapter(
-        settings.places, dataset.name, settings.model, early.fingerprint, settings.workers.seed
-    )
+    early = stages.open_store(settings.places, dataset.name, "early", settings.encoding)
+    adapter = training.load_adapter(settings.places, dataset.name, settings.model, early.fingerprint)
     if adapter.widen.out_channels != settings.model.embedding_channels:
         raise UserError(
             f"--embedding-channels {settings.model.embedding_channels}: the adapter was distilled to "
@@ -57,7 +53,7 @@ def job(settings: Settings) -> dict[str, Any]:
         precision=settings.extraction.precision,
     )
     destination = stages.store_url(settings.places.store, dataset.name, training.embedding_name(settings.model), res)
-    read = stages.ReadShard(url)
+    read = stages.ReadShard(early.url)
     tracking_uri = settings.places.tracking_uri
     return stages.extract(
         lambda: adapter, read, {destination: target}, early.samples, settings.extraction, tracking_uri

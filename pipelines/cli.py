@@ -4,16 +4,26 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import tyro
 
+from feature_store import files
 from feature_store.errors import StoreError
 from fsdino.errors import UserError
 from pipelines.recipes import RECIPES
 
 S = TypeVar("S")
+
+ENVIRONMENT = {
+    # Neither library may try to reach the internet from a cluster.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # ray.train.report waits for the next health check: 2 s by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+}
+"""Defaults that a user's own environment overrides."""
 
 
 def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[str] | None = None) -> None:
@@ -21,9 +31,8 @@ def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[
 
     Exit codes: 0 done, 2 wrong usage or input (one line on stderr), 1 a fault (with its traceback).
     """
-    # Neither library may try to reach the internet from a cluster; both honour a value set by the user.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         settings = parse(settings_type, sys.argv[1:] if argv is None else argv)
         result = job(settings)
@@ -66,7 +75,13 @@ def parse(settings_type: type[S], argv: list[str]) -> S:
         if f.name not in given and f.default is f.default_factory  # both are dataclasses.MISSING
     }
     default = settings_type(**given, **missing)
-    return tyro.cli(settings_type, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    settings = tyro.cli(settings_type, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    places = getattr(settings, "places", None)
+    if places is None:
+        return settings
+    # Ray's workers have working folders of their own, so a relative path would name another place there.
+    same = {name: files.absolute(getattr(places, name)) for name in ("data", "store", "out")}
+    return replace(settings, places=replace(places, **same))  # type: ignore[type-var]
 
 
 def users_mistake(error: BaseException | None) -> BaseException | None:

@@ -9,7 +9,7 @@ Cost: the paper's recipe trains 15 epochs at each of 126, 252 and 518 px; the of
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from fsdino.errors import UserError
 from fsdino.losses import distillation_loss
 from pipelines import panels, stages, tracking, training
 from pipelines.cli import main
-from pipelines.recipes import Distillation, Encoding, Places, RecipeName, Workers
+from pipelines.recipes import Computing, Distillation, Encoding, Places, RecipeName, Workers
 
 PANEL_ROWS = 4
 
@@ -40,6 +40,7 @@ class Settings:
     encoding: Encoding
     distillation: Distillation
     workers: Workers
+    computing: Computing
 
 
 def job(settings: Settings) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def job(settings: Settings) -> dict[str, Any]:
     identity = training.identity_of(
         distillation=settings.distillation,
         seed=settings.workers.seed,
-        train_precision=settings.workers.train_precision,
+        train_precision=settings.computing.train_precision,
         encoder_weights=early[0].fingerprint.weights,
         teacher_weights=teacher.fingerprint.weights,
         images=len(trained) + len(held_out),
@@ -68,20 +69,31 @@ def job(settings: Settings) -> dict[str, Any]:
     tags = {f"store.early.{s.fingerprint.res_px}": str(asdict(s.fingerprint)) for s in early}
     tags["store.teacher"] = str(asdict(teacher.fingerprint))
     config = {"settings": settings, "dataset": dataset, "folder": f"{folder}/distill"}
-    places, workers = settings.places, settings.workers
-    training.run("distill", folder, "distill", loop, config, places, workers, identity, tags, "adapter")
+    training.run(
+        name="distill",
+        folder=folder,
+        experiment="distill",
+        loop=loop,
+        config=config,
+        places=settings.places,
+        workers=settings.workers,
+        computing=settings.computing,
+        identity=identity,
+        tags=tags,
+        result="adapter",
+    )
     adapter, record = training.read_adapter(f"{folder}/distill/final")
     return {"adapter": f"{folder}/distill/final", "parameters": num_parameters(adapter), "stages": record["stages"]}
 
 
 def open_stores(settings: Settings, dataset: str) -> tuple[list[FeatureStore], FeatureStore]:
     """The early store of each resolution and the teacher's, checked for what they hold."""
-    root, res = settings.places.store, settings.encoding.res
+    places, encoding = settings.places, settings.encoding
     early = [
-        FeatureStore(stages.store_url(root, dataset, "early", r), {"feature": "early", "res_px": r})
-        for r in settings.distillation.distill_res
+        stages.open_store(places, dataset, "early", replace(encoding, res=res))
+        for res in settings.distillation.distill_res
     ]
-    return early, FeatureStore(stages.store_url(root, dataset, "teacher", res), {"feature": "teacher"})
+    return early, FeatureStore(stages.store_url(places.store, dataset, "teacher", encoding.res), {"feature": "teacher"})
 
 
 def split(ids: list[str], settings: Settings) -> tuple[list[str], list[str]]:
@@ -136,7 +148,7 @@ class Distiller:
         for step, chosen in enumerate(self.batches(stage, first, steps, per_epoch), start=first):
             lr = optimiser.param_groups[0]["lr"] = self.distillation.distill_lr * training.poly(step, steps)
             x, y = self.pairs(store, chosen)
-            with training.autocast(workers, self.device):
+            with training.autocast(self.settings.computing, self.device):
                 predicted = self.model(x)
             loss = distillation_loss(predicted, y)
             optimiser.zero_grad(set_to_none=True)
@@ -182,7 +194,7 @@ class Distiller:
         for at in range(0, len(self.held_out), self.distillation.distill_batch):
             x, y = self.pairs(store, self.held_out[at : at + self.distillation.distill_batch])
             targets.append(F.interpolate(y, size=x.shape[-2:], mode="area"))
-            with training.autocast(self.settings.workers, self.device):
+            with training.autocast(self.settings.computing, self.device):
                 predicted = self.adapter(x).float()
             squared += float(((predicted - targets[-1]) ** 2).sum())
         target = torch.cat(targets)
@@ -214,8 +226,8 @@ class Distiller:
             shown = self.held_out[:PANEL_ROWS]
             picture = draw_panel(self.config["dataset"], self.adapter, self.pairs(self.early[-1], shown), shown)
             self.run.picture(picture, "panels/embeddings.png")
-            training.publish(folder, f"{self.config['folder']}/final")
-        self.flush()
+            self.flush()
+            training.publish(folder, f"{self.config['folder']}/final")  # last: it says that all is done
 
 
 @torch.inference_mode()

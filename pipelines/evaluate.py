@@ -32,7 +32,7 @@ from fsdino.weights import state_digest
 from pipelines import panels, stages, tracking, training
 from pipelines.cli import main
 from pipelines.loading import EpisodeBatch, EpisodeLoader
-from pipelines.recipes import Encoding, Model, Places, RecipeName, Testing, Workers
+from pipelines.recipes import Computing, Encoding, Model, Places, RecipeName, Testing
 
 BATCH = 8
 PANEL_ROWS = 6
@@ -46,7 +46,7 @@ class Settings:
     places: Places
     encoding: Encoding
     model: Model
-    workers: Workers
+    computing: Computing
     testing: Testing
     fold: int
     """The fold to test: 0 to 3."""
@@ -63,7 +63,7 @@ class Settings:
 def job(settings: Settings) -> dict[str, Any]:
     """Check, run the episodes, score, log."""
     dataset, places = VocDataset(settings.places.data), settings.places
-    res, variant = settings.encoding.res, settings.model.variant if settings.method == "segmenter" else settings.method
+    model, variant = None, settings.method
     sampler = EpisodeSampler(
         dataset.test_images(settings.fold),
         shots=settings.shots,
@@ -71,16 +71,19 @@ def job(settings: Settings) -> dict[str, Any]:
         seed=settings.testing.test_seed,
         training=False,
     )
-    late = FeatureStore(stages.store_url(places.store, dataset.name, "late", res), {"feature": "late", "res_px": res})
-    device = torch.device("cuda" if settings.workers.gpu else "cpu")
+    late = stages.open_store(places, dataset.name, "late", settings.encoding)
+    if settings.computing.gpu and not torch.cuda.is_available():
+        raise UserError("--gpu: expected a CUDA device on this machine, found none; take --no-gpu")
+    device = torch.device("cuda" if settings.computing.gpu else "cpu")
     embedding = None
     if settings.method == "segmenter":
         segmenter, embedding = open_segmenter(settings, dataset.name, late)
-        predict = trained(segmenter.to(device), training.autocast(settings.workers, device))
+        model, variant = segmenter.config, segmenter.config.variant
+        predict = trained(segmenter.to(device), training.autocast(settings.computing, device))
     else:
         predict = training_free(settings.method)
-    loader = EpisodeLoader(dataset, late, embedding, res)
-    identity = training.identity_of(testing=settings.testing, model=settings.model, encoding=settings.encoding)
+    loader = EpisodeLoader(dataset, late, embedding, settings.encoding.res)
+    identity = training.identity_of(testing=settings.testing, model=model, encoding=settings.encoding)
     identity |= {"fold": settings.fold, "shots": settings.shots, "method": variant, "protocol": dataset.protocol}
     tags = {"dataset": dataset.name, "store.late": str(asdict(late.fingerprint))}
     with tracking.running(places.tracking_uri, "evaluate", f"fold{settings.fold}-{variant}", identity, tags) as run:
@@ -129,8 +132,7 @@ def open_segmenter(settings: Settings, dataset: str, late: FeatureStore) -> tupl
         raise UserError(
             f"{url}: trained for fold {record['fold']}, so it knows the classes of fold {settings.fold}; test its own"
         )
-    store = stages.store_url(places.store, dataset, training.embedding_name(settings.model), settings.encoding.res)
-    return segmenter, FeatureStore(store, {"feature": "embedding", "weights": state_digest(segmenter.adapter)})
+    return segmenter, training.open_embedding(places, dataset, settings.model, late, state_digest(segmenter.adapter))
 
 
 @torch.inference_mode()

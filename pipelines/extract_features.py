@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from feature_store import Fingerprint
 from fsdino.data.voc import VocDataset
 from fsdino.encoder import Encoder, build_encoder
+from fsdino.preprocess import PREPROCESSING
 from pipelines import stages
 from pipelines.cli import main
 from pipelines.recipes import Encoding, Extraction, Places, RecipeName
@@ -64,6 +65,7 @@ def job(settings: Settings) -> dict[str, Any]:
             grid=encoder.grid(encoding.res),
             channels=encoder.early_channels if feature == "early" else encoder.late_channels,
             view_seed=encoding.view_seed,
+            preprocessing=PREPROCESSING,
             precision=settings.extraction.precision,
         )
     rows = stages.plan_rows(dataset, settings.splits, encoding.num_views)

@@ -12,6 +12,7 @@ from typing import Any
 
 from feature_store import Fingerprint
 from fsdino.data.voc import VocDataset
+from fsdino.preprocess import PREPROCESSING
 from fsdino.teacher import build_teacher
 from pipelines import stages
 from pipelines.cli import main
@@ -43,6 +44,7 @@ def job(settings: Settings) -> dict[str, Any]:
         grid=teacher.grid(res),
         channels=teacher.channels,
         view_seed=settings.encoding.view_seed,
+        preprocessing=PREPROCESSING,
         precision=settings.extraction.precision,
     )
     rows = stages.plan_rows(dataset, ["train"], num_views=1)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from feature_store import FeatureStore
@@ -16,7 +15,6 @@ from fsdino.data.views import draw_view
 from fsdino.data.voc import VocDataset, binary_label
 
 LABELS_KEPT = 8192  # 160 kB each at 400 px
-MIN_OBJECT_SHARE = 0.005  # of a window; about VOC's smallest objects that count
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class EpisodeBatch:
 class EpisodeLoader:
     """Reads any episode; labels under a view are kept in memory, the most recent ones.
 
-    A mirrored image is its mirrored features and label: right up to the network's own left-right asymmetries. A window
-    is stretched to the whole grid, so that objects appear larger; one that misses the object is not used.
+    A mirrored image is its mirrored features and label: right up to the network's own left-right asymmetries.
     """
 
     def __init__(self, dataset: VocDataset, late: FeatureStore, embedding: FeatureStore | None, label_px: int):
@@ -70,10 +67,6 @@ class EpisodeLoader:
             queries = self.embedding.rows([e.query for e in episodes], [e.views[0] for e in episodes])
             embedding = _mirror(_channels_first(self.embedding.read(queries)), flips[:, 0])
         late, labels = _mirror(late, flips), _mirror(torch.from_numpy(self._labels_of(ids, episodes)), flips)
-        for b, episode in enumerate(episodes):
-            for k, window in enumerate(episode.windows):
-                maps = [late[b, k]] + ([embedding[b]] if k == 0 and embedding is not None else [])
-                _stretch(window, maps, labels[b, k])
         return EpisodeBatch(
             episodes=episodes,
             support_late=late[:, 1:],
@@ -116,24 +109,6 @@ class EpisodeLoader:
 
 def _channels_first(features: np.ndarray) -> Tensor:
     return torch.from_numpy(features).movedim(-1, 1)
-
-
-def _stretch(window: tuple[float, float, float], maps: list[Tensor], label: Tensor) -> None:
-    """Replace `c g g` maps and their `s s` label, in place, by a window of whole grid cells of theirs."""
-    grid, size = maps[0].shape[-1], label.shape[-1]
-    cells = max(1, round(window[2] * grid))
-    top, left = (min(round(share * grid), grid - cells) for share in window[:2])
-
-    def pixel(cell: int) -> int:
-        return round(cell * size / grid)
-
-    inside = label[pixel(top) : pixel(top + cells), pixel(left) : pixel(left + cells)]
-    if cells == grid or (inside == 1).float().mean() < MIN_OBJECT_SHARE:
-        return
-    for x in maps:
-        part = x[None, :, top : top + cells, left : left + cells].float()
-        x.copy_(F.interpolate(part, size=(grid, grid), mode="bilinear", align_corners=False)[0])
-    label.copy_(F.interpolate(inside[None, None].float(), size=(size, size), mode="nearest")[0, 0])
 
 
 def _mirror(x: Tensor, flips: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Runs on this machine alone, without stores. Cost: 0.3 s a photograph with the of
 
 import tempfile
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from pipelines import panels, training
 from pipelines.cli import main
 from pipelines.recipes import RecipeName
 
+PANEL = "panel.png"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,13 +44,16 @@ class Settings:
     query: tuple[str, ...]
     """Photographs to segment."""
     out: str = "outputs/masks"
-    """Folder for the masks."""
+    """Folder on this machine for the masks."""
     encoder_weights: str | None = None
     """A local weights file instead of the publisher's."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Read everything first, so that a bad file costs no computing; then encode, segment, write."""
+    for flag, given in (("--support", settings.support), ("--query", settings.query)):
+        if not given:
+            raise UserError(f"{flag}: expected at least one photograph, got none")
     if len(settings.support) != len(settings.mask):
         raise UserError(
             f"--mask: expected one mask for each of the {len(settings.support)} supports, got {len(settings.mask)}"
@@ -55,7 +61,8 @@ def job(settings: Settings) -> dict[str, Any]:
     supports = [read_image(path) for path in settings.support]
     masks = [read_mask(path, image.size) for path, image in zip(settings.mask, supports, strict=True)]
     queries = [read_image(path) for path in settings.query]
-    targets = mask_paths(settings.query, Path(settings.out))
+    inputs = (*settings.support, *settings.mask, *settings.query)
+    targets = mask_paths(settings.query, Path(settings.out), inputs)
 
     with tempfile.TemporaryDirectory() as folder:
         segmenter, record = Segmenter.load(training.fetch(settings.checkpoint, folder, checkpoint_files("segmenter")))
@@ -84,7 +91,7 @@ def job(settings: Settings) -> dict[str, Any]:
             prior = predicted.prior_logits
             shown = None if prior is None else panels.heat(prior[0, 0].sigmoid().numpy())
             rows.append([panels.overlay(supports[0], masks[0]), image, shown, panels.overlay(image, found)])
-    picture = Path(settings.out) / "panel.png"
+    picture = Path(settings.out) / PANEL
     panels.panel(("support", "query", "prior", "prediction"), rows).save(picture)
     return {"masks": results, "panel": str(picture), "shots": len(supports)}
 
@@ -94,16 +101,18 @@ def encode(encoder: Encoder, image: Image.Image, res_px: int) -> Features:
     return encoder(to_input(resize_square(image, res_px)[None], encoder.mean, encoder.std))
 
 
-def mask_paths(queries: tuple[str, ...], out: Path) -> list[Path]:
-    """One PNG per query, numbered where two share a name; never one of the inputs."""
-    taken: dict[str, int] = {}
+def mask_paths(queries: tuple[str, ...], out: Path, inputs: tuple[str, ...]) -> list[Path]:
+    """One PNG per query, numbered where a name is taken; never the panel. UserError if it would replace an input."""
+    taken = {(out / PANEL).resolve()}
+    given = {Path(path).resolve() for path in inputs}
     paths = []
     for query in queries:
         stem = Path(query).stem
-        taken[stem] = taken.get(stem, 0) + 1
-        path = out / (f"{stem}.png" if taken[stem] == 1 else f"{stem}-{taken[stem]}.png")
-        if path.resolve() == Path(query).resolve():
-            raise UserError(f"--out {out}: the mask of {query} would overwrite it; choose another folder")
+        numbered = (out / f"{stem}{suffix}.png" for suffix in chain([""], (f"-{n}" for n in count(2))))
+        path = next(p for p in numbered if p.resolve() not in taken)
+        if path.resolve() in given:
+            raise UserError(f"--out {out}: the mask of {query} would overwrite the input {path}; choose another folder")
+        taken.add(path.resolve())
         paths.append(path)
     return paths
 

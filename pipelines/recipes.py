@@ -13,14 +13,14 @@ from fsdino import paper
 
 @dataclass(frozen=True)
 class Places:
-    """Where things are; every place is a path or any fsspec URL."""
+    """Where things are."""
 
     data: str
-    """Data set in VOC's layout: the folder that holds JPEGImages."""
+    """Data set in VOC's layout: the folder that holds JPEGImages, on a path that every node sees."""
     store: str = "outputs/stores"
-    """Root of the feature stores."""
+    """Root of the feature stores: a path or any fsspec URL."""
     out: str = "outputs/runs"
-    """Root of checkpoints and results."""
+    """Root of checkpoints and results: a path or any fsspec URL."""
     tracking_uri: str = "sqlite:///outputs/mlflow.db"
     """MLflow: sqlite:///FILE or the http address of a server."""
 
@@ -75,14 +75,20 @@ class Workers:
     """Ray Train workers; the batch is split among them."""
     worker_cpus: float = 2
     """CPU cores for each."""
-    gpu: bool = False
-    """One GPU for each."""
-    train_precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast of the forward and backward pass."""
     checkpoint_every: int = 200
     """Steps between checkpoints; a killed run goes on from the last one."""
     seed: int = 0
     """Seed of initialisation and of the order of samples."""
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What a model computes on, in training and in tests."""
+
+    gpu: bool = False
+    """One GPU for each process."""
+    train_precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of the forward and backward pass."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +149,6 @@ class Episodic:
     """Above 0: draw the class first, by its images' number to the power 1 - balance; 1: every class alike."""
     flip: bool = False
     """Mirror cached features and labels at random, for encoders that take a mirrored image to mirrored features."""
-    min_window: float = 1.0
-    """Smallest side of a window of cached features that is stretched to the whole, as a share; 1 for no windows."""
     label_px: int | None = None
     """Side at which the loss is computed; the image's if none."""
     keep_novel: bool = False
@@ -170,6 +174,7 @@ class Recipe:
     teaching: Teaching
     extraction: Extraction
     workers: Workers
+    computing: Computing
     distillation: Distillation
     model: Model
     episodic: Episodic
@@ -187,7 +192,8 @@ def paper_recipe() -> Recipe:
         encoding=Encoding(encoder="dinov2_vitb14", res=paper.IMAGE_RES_PX, num_views=8),
         teaching=Teaching(teacher="sam_vit_h"),
         extraction=Extraction(actor_gpus=1, forward_batch=16),
-        workers=Workers(gpu=True, worker_cpus=4, checkpoint_every=1000),
+        workers=Workers(worker_cpus=4, checkpoint_every=1000),
+        computing=Computing(gpu=True),
         distillation=Distillation(distill_res=paper.DISTILL_RES_PX),
         model=Model(embedding_channels=paper.EMBEDDING_CHANNELS, sam_decoder="sam_vit_h"),
         episodic=Episodic(),
@@ -206,7 +212,8 @@ def offline_recipe() -> Recipe:
         encoding=Encoding(encoder="tf_efficientnet_lite0", res=400, num_views=1),
         teaching=Teaching(teacher="tf_efficientnet_lite2"),
         extraction=Extraction(actors=2),
-        workers=Workers(train_precision="bf16"),
+        workers=Workers(),
+        computing=Computing(train_precision="bf16"),
         distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=3),
         model=Model(embedding_channels=352, sam_decoder=None, contrast=True, refine=True),
         episodic=Episodic(steps=600, decoder_lr=3e-4, balance=0.5, flip=True, label_px=100),
@@ -222,6 +229,7 @@ def tiny_recipe() -> Recipe:
         teaching=Teaching(teacher="tiny_sam"),
         extraction=Extraction(),
         workers=Workers(checkpoint_every=5, worker_cpus=1),
+        computing=Computing(),
         distillation=Distillation(distill_res=(28, 70), distill_epochs=1),
         model=Model(embedding_channels=32, sam_decoder=None),
         episodic=Episodic(steps=10, batch=4),

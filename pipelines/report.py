@@ -15,7 +15,7 @@ FOLDS = ("0", "1", "2", "3")
 
 @dataclass(frozen=True)
 class Settings:
-    """Print mIoU and FB-IoU of every method on every fold."""
+    """Print mIoU and FB-IoU of every method on every fold; the mean where all four are there."""
 
     recipe: RecipeName
     places: Places
@@ -23,6 +23,10 @@ class Settings:
     """Data set of the evaluations."""
     shots: int = 1
     """Their number of supports."""
+    episodes: int = 1000
+    """Their number of episodes."""
+    test_seed: int = 0
+    """Their seed."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
@@ -32,7 +36,8 @@ def job(settings: Settings) -> dict[str, Any]:
     print("|---|---|---|---|---|---|")
     for method, folds in sorted(table.items(), key=lambda entry: _mean(entry[1], "miou")):
         cells = [_cell(folds[f]["miou"], folds[f]["fb_iou"]) if f in folds else "-" for f in FOLDS]
-        print(f"| {method} | {' | '.join(cells)} | {_cell(_mean(folds, 'miou'), _mean(folds, 'fb_iou'))} |")
+        cells.append(_cell(_mean(folds, "miou"), _mean(folds, "fb_iou")) if len(folds) == len(FOLDS) else "-")
+        print(f"| {method} | {' | '.join(cells)} |")
     return {"dataset": settings.dataset, "shots": settings.shots, "methods": table}
 
 
@@ -41,10 +46,10 @@ def gather(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
     table: dict[str, dict[str, dict[str, float]]] = {}
     for run in tracking.runs(settings.places.tracking_uri, "evaluate"):
         params = run["params"]
-        if run["tags"].get("dataset") != settings.dataset or params.get("shots") != str(settings.shots):
+        asked = {key: str(getattr(settings, key)) for key in ("shots", "episodes", "test_seed")}
+        if run["tags"].get("dataset") != settings.dataset or any(params.get(k) != v for k, v in asked.items()):
             continue
         scores = {key: round(run["metrics"][key], 4) for key in ("miou", "fb_iou")}
-        scores["episodes"] = int(params["episodes"])
         table.setdefault(params["method"], {}).setdefault(params["fold"], scores)
     return table
 

@@ -5,7 +5,6 @@ killed task or actor leaves either a finished shard or none, and a new run does 
 """
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from fsdino.data.views import draw_view
 from fsdino.data.voc import VocDataset
 from fsdino.preprocess import read_image, resize_square, to_input
 from pipelines import tracking
-from pipelines.recipes import Extraction
+from pipelines.recipes import Encoding, Extraction, Places
 
 Network = Callable[[Tensor], Sequence[Tensor]]
 """A normalised batch (or stored features) in, one `b c g g` tensor for each store out."""
@@ -43,6 +42,12 @@ def connect() -> None:
 def store_url(root: str, dataset: str, feature: str, res_px: int) -> str:
     """Where a data set's feature at a resolution is kept."""
     return f"{root.rstrip('/')}/{dataset}/{feature}@{res_px}"
+
+
+def open_store(places: Places, dataset: str, feature: str, encoding: Encoding, **more: Any) -> FeatureStore:
+    """The store of a feature of the encoder at the resolution of `encoding`, checked for being that."""
+    expect = {"feature": feature, "model": encoding.encoder, "res_px": encoding.res, "view_seed": encoding.view_seed}
+    return FeatureStore(store_url(places.store, dataset, feature, encoding.res), expect | more)
 
 
 def plan_rows(dataset: VocDataset, splits: Sequence[str], num_views: int) -> list[Row]:
@@ -91,7 +96,7 @@ class ComputeShard:
     """Actor: the network over a shard, then the shard and its marker into every store."""
 
     def __init__(self, build: Callable[[], Network], urls: Sequence[str], settings: Extraction):
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.actors))
+        torch.set_num_threads(max(1, int(settings.actor_cpus)))
         self.device = torch.device("cuda" if settings.actor_gpus else "cpu")
         self.network = build()
         if isinstance(self.network, torch.nn.Module):
@@ -109,7 +114,9 @@ class ComputeShard:
                 kept.append(feature.float().movedim(1, -1).cpu().numpy())
         sized = [(int(w), int(h)) for w, h in sizes]
         written = sum(
-            writer.write(shard, np.concatenate(kept), sized) for writer, kept in zip(self.writers, outputs, strict=True)
+            writer.write(shard, np.concatenate(kept), sized)
+            for writer, kept in zip(self.writers, outputs, strict=True)
+            if not writer.has(shard)  # another store of the same job may lack it
         )
         return {"shard": np.array([shard]), "images": np.array([len(pixels)]), "bytes": np.array([written])}
 

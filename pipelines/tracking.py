@@ -75,6 +75,16 @@ def running(
     run.end()
 
 
+def close(tracking_uri: str, run_id: str) -> None:
+    """Mark a run finished that a kill left open; a run that this server does not know is left alone."""
+    client = MlflowClient(absolute_uri(tracking_uri))
+    try:
+        if client.get_run(run_id).info.status != "FINISHED":
+            client.set_terminated(run_id, "FINISHED")
+    except MlflowException:
+        return
+
+
 def runs(tracking_uri: str, experiment: str) -> list[dict[str, dict]]:
     """Finished runs of an experiment, newest first: `params`, `metrics` (last values) and `tags` of each."""
     client = MlflowClient(absolute_uri(tracking_uri))
@@ -96,6 +106,8 @@ def absolute_uri(tracking_uri: str) -> str:
 
 def commit() -> str:
     """The checked-out commit, `-dirty` if files differ from it, or `unknown` outside a checkout."""
+    if "FSDINO_COMMIT" in os.environ:  # an image without the repository
+        return os.environ["FSDINO_COMMIT"]
     folder = os.path.dirname(os.path.abspath(__file__))
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
@@ -122,11 +134,10 @@ def _begin(
     uri = absolute_uri(tracking_uri)
     try:
         client = MlflowClient(uri)
-        if run_id is not None:
+        if run_id is not None and _knows(client, run_id):
             client.update_run(run_id, status="RUNNING")
             return Run(uri, run_id)
-        found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment, _artifact_root(uri))
+        experiment_id = _experiment(client, experiment, uri)
         run = client.create_run(experiment_id, run_name=name)
     except MlflowException as error:
         first = str(error).splitlines()[0]
@@ -139,3 +150,26 @@ def _begin(
         client.log_batch(run_id, params=entries[at : at + PARAM_LIMIT])
     client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in {"commit": commit(), **tags}.items()])
     return Run(uri, run_id)
+
+
+def _experiment(client: MlflowClient, name: str, uri: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, _artifact_root(uri))
+        except MlflowException:  # another command was quicker
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return found.experiment_id
+
+
+def _knows(client: MlflowClient, run_id: str) -> bool:
+    """Whether the run is on this server: another database, or a new one, starts it anew."""
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True

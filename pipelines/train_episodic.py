@@ -28,9 +28,10 @@ from fsdino.weights import state_digest
 from pipelines import panels, stages, tracking, training
 from pipelines.cli import main
 from pipelines.loading import EpisodeBatch, EpisodeLoader
-from pipelines.recipes import Encoding, Episodic, Model, Places, RecipeName, Workers
+from pipelines.recipes import Computing, Encoding, Episodic, Model, Places, RecipeName, Workers
 
 PANEL_ROWS = 4
+SAM_PARTS = ("decoder.", "mask_downscaling.", "encoding.")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Settings:
     model: Model
     episodic: Episodic
     workers: Workers
+    computing: Computing
     fold: int
     """The fold whose classes are kept for the test: 0 to 3."""
     name: str = ""
@@ -84,7 +86,7 @@ def job(settings: Settings) -> dict[str, Any]:
         fold=settings.fold,
         num_steps=steps,
         seed=settings.workers.seed,
-        train_precision=settings.workers.train_precision,
+        train_precision=settings.computing.train_precision,
         late_weights=late.fingerprint.weights,
         adapter_weights=embedding.fingerprint.weights,
         base_images=len(sampler.images),
@@ -101,8 +103,19 @@ def job(settings: Settings) -> dict[str, Any]:
         "steps": steps,
         "adapter": adapter,
     }
-    places, workers = settings.places, settings.workers
-    training.run(name, folder, "train", loop, config, places, workers, identity, tags, "segmenter")
+    training.run(
+        name=name,
+        folder=folder,
+        experiment="train",
+        loop=loop,
+        config=config,
+        places=settings.places,
+        workers=settings.workers,
+        computing=settings.computing,
+        identity=identity,
+        tags=tags,
+        result="segmenter",
+    )
     with tempfile.TemporaryDirectory() as local:
         model, record = Segmenter.load(training.fetch(url, local, checkpoint_files("segmenter")))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -127,7 +140,6 @@ def make_sampler(settings: Settings, dataset: VocDataset) -> EpisodeSampler:
         num_views=settings.encoding.num_views,
         balance=settings.episodic.balance,
         flip=settings.episodic.flip,
-        min_window=settings.episodic.min_window,
     )
 
 
@@ -140,15 +152,12 @@ def num_steps(settings: Settings, sampler: EpisodeSampler) -> int:
 
 def open_inputs(settings: Settings, dataset: str) -> tuple[FeatureStore, FeatureStore, BottleneckAdapter]:
     """Late and embedding stores and the adapter, checked to be of one making."""
-    root, res, model = settings.places.store, settings.encoding.res, settings.model
-    late = FeatureStore(stages.store_url(root, dataset, "late", res), {"feature": "late", "res_px": res})
-    early = FeatureStore(stages.store_url(root, dataset, "early", res), {"weights": late.fingerprint.weights})
-    adapter = training.load_adapter(settings.places, dataset, model, early.fingerprint, settings.workers.seed)
-    url = stages.store_url(root, dataset, training.embedding_name(model), res)
-    embedding = FeatureStore(
-        url, {"feature": "embedding", "weights": state_digest(adapter), "grid": late.fingerprint.grid}
-    )
-    return late, embedding, adapter
+    places, model = settings.places, settings.model
+    late = stages.open_store(places, dataset, "late", settings.encoding)
+    same = {"weights": late.fingerprint.weights}
+    early = stages.open_store(places, dataset, "early", settings.encoding, **same)
+    adapter = training.load_adapter(places, dataset, model, early.fingerprint)
+    return late, training.open_embedding(places, dataset, model, late, state_digest(adapter)), adapter
 
 
 def build_segmenter(
@@ -171,7 +180,9 @@ def build_segmenter(
     )
     segmenter.adapter.load_state_dict(adapter.state_dict())
     if model.sam_decoder is not None:
-        segmenter.load_state_dict(sam_decoder_state(model.sam_decoder, model.decoder_weights), strict=False)
+        state = sam_decoder_state(model.sam_decoder, model.decoder_weights)
+        missing, unknown = segmenter.load_state_dict(state, strict=False)
+        assert not unknown and not any(key.startswith(SAM_PARTS) for key in missing)
     return segmenter
 
 
@@ -180,7 +191,7 @@ def parameter_groups(segmenter: Segmenter, settings: Settings) -> list[dict[str,
     groups: dict[float, list[nn.Parameter]] = {settings.episodic.lr: [], settings.episodic.decoder_lr: []}
     for name, parameter in segmenter.named_parameters():
         if parameter.requires_grad:
-            of_sam = name.startswith(("decoder.", "mask_downscaling.", "encoding."))
+            of_sam = name.startswith(SAM_PARTS)
             groups[settings.episodic.decoder_lr if of_sam else settings.episodic.lr].append(parameter)
     return [{"params": parameters, "lr": lr, "initial_lr": lr} for lr, parameters in groups.items()]
 
@@ -209,7 +220,7 @@ def loop(config: dict[str, Any]) -> None:
     for done, batch in enumerate(loader.batches(sampler, indices), start=first + 1):
         for group in optimiser.param_groups:
             group["lr"] = group["initial_lr"] * training.poly(done - 1, steps)
-        with training.autocast(settings.workers, device):
+        with training.autocast(settings.computing, device):
             parts = model(batch.to(device))
         optimiser.zero_grad(set_to_none=True)
         parts["loss"].backward()
@@ -237,9 +248,9 @@ def loop(config: dict[str, Any]) -> None:
             origin = {"encoder": asdict(settings.encoding), "late": asdict(late.fingerprint), "fold": settings.fold}
             segmenter.save(folder, **origin, training=result, dataset=dataset.name, commit=tracking.commit())
             run.folder(folder, "segmenter")
-            training.publish(folder, f"{config['folder']}/final")
-        run.log(steps, seconds_per_step=result["seconds_per_step"])
-        run.flush()
+            run.log(steps, seconds_per_step=result["seconds_per_step"])
+            run.flush()
+            training.publish(folder, f"{config['folder']}/final")  # last: it says that all is done
 
 
 @torch.inference_mode()

@@ -1,7 +1,6 @@
 """What both training jobs share: Ray Train with checkpoints, resuming, the schedule, and the run's record."""
 
 import json
-import os
 import sys
 import tempfile
 import threading
@@ -12,28 +11,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() waits for it: 2 s by default
-
+import fsspec
 import ray.train
 import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
-from feature_store import Fingerprint, files
+from feature_store import FeatureStore, Fingerprint, files
 from fsdino import paper
 from fsdino.adapter import BottleneckAdapter
 from fsdino.checkpoint import files as checkpoint_files
 from fsdino.errors import UserError
 from pipelines import tracking
-from pipelines.recipes import Model, Places, Workers
-from pipelines.stages import connect
+from pipelines.recipes import Computing, Model, Places, Workers
+from pipelines.stages import connect, store_url
 
 MAX_WORKER_FAILURES = 3
 
 
 def run(
+    *,
     name: str,
     folder: str,
     experiment: str,
@@ -41,6 +40,7 @@ def run(
     config: dict[str, Any],
     places: Places,
     workers: Workers,
+    computing: Computing,
     identity: dict[str, Any],
     tags: dict[str, str],
     result: str,
@@ -60,26 +60,30 @@ def run(
             f"{folder}/{name}: a run with other settings is there ({'; '.join(differing)}); "
             "choose another --out or --name, or remove it"
         )
-    if record is not None and files.exists(f"{folder}/{name}/final", checkpoint_files(result)[1]):
-        return
     run_id = record["run_id"] if record else None
+    if run_id is not None and files.exists(f"{folder}/{name}/final", checkpoint_files(result)[1]):
+        tracking.close(places.tracking_uri, run_id)  # a kill may have come between the checkpoint and the end
+        return
     with tracking.running(places.tracking_uri, experiment, name, identity, tags, run_id) as run:
         files.write_bytes(
             f"{folder}/{name}", "run.json", json.dumps({"identity": identity, "run_id": run.run_id}).encode()
         )
         connect()
+        resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if computing.gpu else {})
+        check_resources(resources, workers.workers)
         progress = Progress.remote()
-        resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if workers.gpu else {})
+        fs, root = fsspec.url_to_fs(folder)
         trainer = TorchTrainer(
             loop,
             train_loop_config=config
             | {"run_id": run.run_id, "tracking_uri": run.tracking_uri, "workers": workers, "progress": progress},
             scaling_config=ScalingConfig(
-                num_workers=workers.workers, use_gpu=workers.gpu, resources_per_worker=resources
+                num_workers=workers.workers, use_gpu=computing.gpu, resources_per_worker=resources
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=folder,
+                storage_path=root,
+                storage_filesystem=None if files.local_path(folder) else PyFileSystem(FSSpecHandler(fs)),
                 failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
@@ -153,10 +157,10 @@ def read_adapter(url: str) -> tuple[BottleneckAdapter, dict[str, Any]]:
         return BottleneckAdapter.load(fetch(url, folder, checkpoint_files("adapter")))
 
 
-def load_adapter(places: Places, dataset: str, model: Model, early: Fingerprint, seed: int) -> BottleneckAdapter:
+def load_adapter(places: Places, dataset: str, model: Model, early: Fingerprint) -> BottleneckAdapter:
     """The distilled adapter of a data set, checked against the encoder it was made for; or a random one, if so set."""
     if not model.distilled:
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         return BottleneckAdapter(early.channels, model.embedding_channels).eval()
     url = f"{places.out}/{dataset}/distill/final"
     adapter, record = read_adapter(url)
@@ -167,6 +171,15 @@ def load_adapter(places: Places, dataset: str, model: Model, early: Fingerprint,
             f"({made_for['weights']}); distil again under another --out"
         )
     return adapter
+
+
+def open_embedding(places: Places, dataset: str, model: Model, late: FeatureStore, digest: str) -> FeatureStore:
+    """The embeddings that the adapter of that digest made of the views that `late` holds."""
+    made = late.fingerprint
+    url = store_url(places.store, dataset, embedding_name(model), made.res_px)
+    return FeatureStore(
+        url, {"feature": "embedding", "weights": digest, "grid": made.grid, "view_seed": made.view_seed}
+    )
 
 
 def embedding_name(model: Model) -> str:
@@ -185,9 +198,9 @@ def set_up(config: dict[str, Any]) -> tuple[torch.device, int, int]:
     return ray.train.torch.get_device(), rank, world
 
 
-def autocast(workers: Workers, device: torch.device) -> AbstractContextManager:
+def autocast(computing: Computing, device: torch.device) -> AbstractContextManager:
     """bf16 autocast if the settings ask for it."""
-    if workers.train_precision == "bf16":
+    if computing.train_precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
@@ -213,6 +226,17 @@ def worker_batches(first: int, steps: int, batch: int, rank: int, world: int) ->
     share = batch // world
     for step in range(first, steps):
         yield range(step * batch + rank * share, step * batch + (rank + 1) * share)
+
+
+def check_resources(wanted: dict[str, float], workers: int) -> None:
+    """Raise UserError if the cluster can never give each worker what it wants; Ray would wait for it for ever."""
+    there = ray.cluster_resources()
+    for kind, each in wanted.items():
+        if each * workers > there.get(kind, 0):
+            raise UserError(
+                f"{workers} workers with {each:g} {kind} each: expected a cluster with {each * workers:g} {kind}, got "
+                f"{there.get(kind, 0):g}; lower --workers or --worker-cpus, or take --no-gpu"
+            )
 
 
 def check_batch(batch: int, workers: int) -> None:

@@ -95,18 +95,20 @@ def test_a_missing_store(capsys, shapes_root, tmp_path):
 
 
 def test_a_store_of_another_encoder(capsys, shapes_root, tmp_path):
-    fingerprint = Fingerprint("late", "other", "abc", "l", res_px=70, grid=5, channels=48, view_seed=0)
-    create(str(tmp_path / "shapes-12" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
+    fingerprint = Fingerprint(
+        "late", "other", "abc", "l", res_px=70, grid=5, channels=48, view_seed=0, preprocessing="p"
+    )
+    create(str(tmp_path / "shapes" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
     arguments = ["--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--features", "late"]
     line = mistake(capsys, extract_features, *arguments)
-    assert "another store is in the way (model: expected tiny_vit-0, got other; weights: expected" in line
+    assert "another store is in the way (model: expected tiny_vit, got other; weights: expected" in line
 
 
 def test_a_resolution_that_the_encoder_cannot_take(capsys, shapes_root, tmp_path):
     line = mistake(
         capsys, extract_features, "--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--res", 75
     )
-    assert line == "error: --res 75: tiny_vit-0 needs a multiple of 14; 70 is one"
+    assert line == "error: --res 75: tiny_vit needs a multiple of 14; 70 is one"
 
 
 def test_a_flag_that_does_not_exist_exits_with_2(capsys):
@@ -138,3 +140,41 @@ def test_help_names_every_flag_with_its_default(capsys):
     for flag in ("--recipe", "--data", "--store", "--res", "--fold", "--shots", "--method", "--episodes"):
         assert flag in text
     assert "default: 400" in text and "default: 1000" in text
+
+
+def test_a_mask_never_replaces_an_input(capsys, photo, tmp_path):
+    mask = mask_file(tmp_path, np.ones((20, 30), np.uint8))
+    query = tmp_path / "mask.jpg"
+    query.write_bytes(photo.read_bytes())
+    line = mistake(capsys, predict, *prediction(photo, mask, query), "--out", tmp_path)
+    assert f"the mask of {query} would overwrite the input {mask}" in line
+
+
+def test_masks_of_equal_names_are_numbered_and_spare_the_panel(tmp_path):
+    paths = predict.mask_paths(("a.jpg", "b/a.png", "a-2.jpg", "panel.jpg"), tmp_path, ())
+    assert [p.name for p in paths] == ["a.png", "a-2.png", "a-2-2.png", "panel-2.png"]
+
+
+def test_no_query_at_all(capsys, photo, tmp_path):
+    mask = mask_file(tmp_path, np.ones((20, 30), np.uint8))
+    arguments = ["--checkpoint", "x", "--support", photo, "--mask", mask, "--query"]
+    assert "--query: expected at least one photograph" in mistake(capsys, predict, *arguments)
+
+
+def test_an_unknown_kind_of_url(capsys, shapes_root):
+    line = mistake(capsys, extract_features, "--recipe", "tiny", "--data", shapes_root, "--store", "nosuch://x")
+    assert "expected a path or an fsspec URL, got: Protocol not known: nosuch" in line
+
+
+def test_a_damaged_checkpoint(capsys, photo, tmp_path):
+    (tmp_path / "segmenter.json").write_text("{")
+    mask = mask_file(tmp_path, np.ones((20, 30), np.uint8))
+    arguments = ["--checkpoint", tmp_path, "--support", photo, "--mask", mask, "--query", photo]
+    assert "expected a whole checkpoint, got a damaged one" in mistake(capsys, predict, *arguments)
+
+
+def test_training_on_the_store_of_another_encoder(capsys, shapes_root, tmp_path):
+    fingerprint = Fingerprint("late", "dinov2_vitb14", "abc", "l", 70, 5, 48, view_seed=0, preprocessing="p")
+    create(str(tmp_path / "shapes" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
+    line = mistake(capsys, train_episodic, "--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--fold", 0)
+    assert "the store was made otherwise (model: expected tiny_vit, got dinov2_vitb14)" in line

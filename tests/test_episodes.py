@@ -64,10 +64,3 @@ def test_a_class_with_too_few_images_is_a_users_mistake():
         sampler(shots=8)
     with pytest.raises(UserError, match="no image at all"):
         EpisodeSampler({}, shots=1, fold=0, seed=0, training=False)
-
-
-def test_windows_lie_inside_the_image_and_half_of_them_are_the_whole():
-    drawn = [w for i in range(300) for w in sampler(training=True, min_window=0.5).episode(i).windows]
-    assert all(0.5 <= side <= 1 and top + side <= 1 and left + side <= 1 for top, left, side in drawn)
-    assert 0.45 < sum(side == 1 for *_, side in drawn) / len(drawn) < 0.55
-    assert all(w == (0.0, 0.0, 1.0) for i in range(50) for w in sampler().episode(i).windows)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from feature_store import FeatureStore, Fingerprint, Row, create
-from fsdino.data.episodes import WHOLE, EpisodeSampler
+from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.voc import VocDataset, binary_label
 from pipelines.loading import EpisodeLoader
 
@@ -20,7 +20,7 @@ def loader(shapes_root, tmp_path_factory):
     """Every feature holds its image's number, and the row and column it lies at."""
     dataset = VocDataset(shapes_root)
     ids = [*dataset.ids("train"), *dataset.ids("val")]
-    fingerprint = Fingerprint("late", "m", "w", "l", res_px=98, grid=GRID, channels=3, view_seed=0)
+    fingerprint = Fingerprint("late", "m", "w", "l", res_px=98, grid=GRID, channels=3, view_seed=0, preprocessing="p")
     url = str(tmp_path_factory.mktemp("stores") / "late@98")
     writer = create(url, fingerprint, [Row(i, 0, i) for i in ids])
     y, x = np.mgrid[:GRID, :GRID]
@@ -35,7 +35,7 @@ def loader(shapes_root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def episode(loader):
     sampler = EpisodeSampler(loader.dataset.training_images(0), shots=2, fold=0, seed=0, training=True)
-    return dataclasses.replace(sampler.episode(3), windows=(WHOLE,) * 3)
+    return sampler.episode(3)
 
 
 def number(loader, image_id):
@@ -62,34 +62,6 @@ def test_a_mirrored_image_has_mirrored_features_and_label(loader, episode):
     assert torch.equal(mirrored.support_masks[:, 1], plain.support_masks[:, 1].flip(-1))
 
 
-def test_a_window_stretches_features_and_label_alike(loader, episode):
-    label = loader.load([episode]).query_labels[0]
-    rows, columns = torch.nonzero(label == 1, as_tuple=True)
-    top, left = (min(int(axis.float().mean() / 98 * GRID) // 2 * 2, GRID - 4) for axis in (rows, columns))
-    window = (top / GRID, left / GRID, 4 / GRID)
-    stretched = loader.load([dataclasses.replace(episode, windows=(window, WHOLE, WHOLE))])
-    part = label[top * 14 : (top + 4) * 14, left * 14 : (left + 4) * 14]
-    assert (stretched.query_labels == 1).float().mean().item() == pytest.approx(
-        (part == 1).float().mean().item(), abs=0.02
-    )
-    y = stretched.query_late[0, 1]
-    assert y.min() == top and y.max() == top + 3
-    torch.testing.assert_close(y[:, 0].float().mean(), torch.tensor(top + 1.5))
-
-
-def test_a_window_that_misses_the_object_is_not_used(loader, episode):
-    label = loader.load([episode]).query_labels[0]
-    corners = [(0.0, 0.0), (0.0, 6 / GRID), (6 / GRID, 0.0), (6 / GRID, 6 / GRID)]
-    cell = 98 // GRID
-    empty = [
-        (*corner, 1 / GRID)
-        for corner in corners
-        if not (label[round(corner[0] * 98) :, round(corner[1] * 98) :][:cell, :cell] == 1).any()
-    ]
-    changed = loader.load([dataclasses.replace(episode, windows=(empty[0], WHOLE, WHOLE))])
-    assert torch.equal(changed.query_labels[0], label)
-
-
 def test_batches_come_in_order_and_as_if_loaded_one_by_one(loader):
     sampler = EpisodeSampler(loader.dataset.training_images(1), shots=1, fold=1, seed=0, training=True)
     indices = [range(0, 3), range(3, 6), range(6, 9)]
@@ -98,10 +70,8 @@ def test_batches_come_in_order_and_as_if_loaded_one_by_one(loader):
     assert torch.equal(batches[1].query_late, loader.load([sampler.episode(i) for i in indices[1]]).query_late)
 
 
-def test_a_plain_episode_shows_its_images_whole_and_unmirrored(loader):
-    sampler = EpisodeSampler(
-        loader.dataset.training_images(1), shots=1, fold=1, seed=0, training=True, flip=True, min_window=0.5
-    )
+def test_a_plain_episode_shows_its_images_unmirrored(loader):
+    sampler = EpisodeSampler(loader.dataset.training_images(1), shots=1, fold=1, seed=0, training=True, flip=True)
     for index in range(10):
         batch = loader.load([sampler.episode(index).plain()])
         assert batch.query_late[0, 2, 0].tolist() == list(range(GRID))

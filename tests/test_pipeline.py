@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_every_step_of_the_way_ends_in_its_result(whole_run, shapes_root):
         score = whole_run[f"score {method}"]
         keys = "dataset protocol fold shots episodes seed variant miou fb_iou per_class"
         assert list(score) == keys.split()
-        assert (score["dataset"], score["protocol"], score["variant"]) == ("shapes-12", "pfenet", method)
+        assert (score["dataset"], score["protocol"], score["variant"]) == ("shapes", "pfenet", method)
         assert 0 <= score["miou"] <= 1 and np.isclose(
             score["miou"], np.mean(list(score["per_class"].values())), atol=1e-5
         )
@@ -191,7 +192,7 @@ def wait_for(condition, process, seconds=120):
 
 def test_an_extraction_goes_on_after_kill_9_and_equals_an_undisturbed_one(whole_run, places, tmp_path):
     arguments = [*flags({**places, "--store": tmp_path / "stores"}), "--num-views", 6]
-    folder = tmp_path / "stores" / "shapes-12" / "late@70"
+    folder = tmp_path / "stores" / "shapes" / "late@70"
     process = start("extract_features", *arguments)
     wait_for(lambda: len(list(folder.glob("markers/*"))) >= 2, process)
     kill(process)
@@ -208,9 +209,11 @@ def test_an_extraction_goes_on_after_kill_9_and_equals_an_undisturbed_one(whole_
 def test_training_goes_on_after_kill_9_and_ends_at_the_undisturbed_loss(whole_run, places):
     longer = ["--fold", FOLD, "--steps", 60]
     undisturbed = result_of(command("train_episodic", *flags(places), *longer, "--name", "undisturbed"))
-    folder = Path(places["--out"]) / "shapes-12" / "killed"
+    folder = Path(places["--out"]) / "shapes" / "killed"
     process = start("train_episodic", *flags(places), *longer, "--name", "killed")
-    assert wait_for(lambda: any(folder.glob("checkpoint_*/state.pt")), process), "it ended before it could be killed"
+    # Ray resumes from its snapshot, which follows the first checkpoint and precedes the second.
+    twice = wait_for(lambda: len(list(folder.glob("checkpoint_*/state.pt"))) >= 2, process)
+    assert twice, "it ended before it could be killed"
     kill(process)
     assert not (folder / "final").exists()
     resumed = result_of(command("train_episodic", *flags(places), *longer, "--name", "killed"))
@@ -221,8 +224,10 @@ def test_training_goes_on_after_kill_9_and_ends_at_the_undisturbed_loss(whole_ru
     client = tracking.MlflowClient(places["--tracking-uri"])
     runs = client.search_runs([client.get_experiment_by_name("train").experiment_id], "run_name = 'killed'")
     (run,) = [r for r in runs if r.data.tags.get("mlflow.runName") == "killed"]
-    steps = {m.step for m in client.get_metric_history(run.info.run_id, "loss")}
-    assert steps == set(range(1, 61))
+    steps = Counter(m.step for m in client.get_metric_history(run.info.run_id, "loss"))
+    assert set(steps) == set(range(1, 61))
+    assert steps[1] == 1, "step 1 was logged twice: the run started over"
+    assert run.info.status == "FINISHED"
 
 
 def test_a_run_with_other_settings_is_not_overwritten(whole_run, places):
@@ -237,3 +242,58 @@ def test_mistakes_end_with_code_2_and_one_line(whole_run, places, shapes_root, t
     assert done.returncode == 2 and "trained for fold 1" in done.stderr.splitlines()[-1]
     record = json.loads((Path(whole_run["4d"]["checkpoint"]) / "segmenter.json").read_text())
     assert record["commit"]
+
+
+@pytest.mark.slow
+def test_distillation_goes_on_after_kill_9_and_ends_at_the_undisturbed_adapter(whole_run, places, tmp_path):
+    one, other = ({**places, "--out": tmp_path / name} for name in ("undisturbed", "killed"))
+    longer = ["--distill-epochs", 4]
+    undisturbed = result_of(command("distill", *flags(one), *longer))
+    folder = tmp_path / "killed" / "shapes" / "distill"
+    process = start("distill", *flags(other), *longer)
+    assert wait_for(lambda: len(list(folder.glob("checkpoint_*/state.pt"))) >= 2, process)
+    kill(process)
+    resumed = result_of(command("distill", *flags(other), *longer))
+    for a, b in zip(undisturbed["stages"], resumed["stages"], strict=True):
+        assert a["val_mse"] == pytest.approx(b["val_mse"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_workers_train_what_one_does(whole_run, places, tmp_path):
+    """The shares of a batch are equal, so the mean of their gradients is the batch's."""
+    alone = result_of(command("distill", *flags({**places, "--out": tmp_path / "one"})))
+    for a, b in zip(alone["stages"], whole_run["distill"]["stages"], strict=True):
+        assert a["val_mse"] == pytest.approx(b["val_mse"], rel=1e-3)
+
+
+def test_relative_paths_mean_the_same_place_to_the_workers(whole_run, places):
+    """Ray's workers have working folders of their own."""
+    relative = {k: os.path.relpath(v, ROOT) if k in ("--data", "--store", "--out") else v for k, v in places.items()}
+    result = result_of(command("train_episodic", *flags(relative), "--fold", FOLD, "--steps", 2, "--name", "relative"))
+    assert (Path(places["--out"]) / "shapes" / "relative" / "final" / "segmenter.json").exists()
+    assert result["checkpoint"] == str(Path(places["--out"]) / "shapes" / "relative" / "final")
+
+
+def test_a_cluster_too_small_is_said_at_once(whole_run, places):
+    done = command(
+        "train_episodic",
+        *flags(places),
+        "--fold",
+        FOLD,
+        "--name",
+        "big",
+        "--workers",
+        4,
+        "--worker-cpus",
+        64,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "4 workers with 64 CPU each: expected a cluster with 256 CPU" in done.stderr.splitlines()[-1]
+
+
+def test_a_report_holds_every_method(whole_run, places):
+    done = command("report", *flags(places, "--recipe", "--tracking-uri"), "--dataset", "shapes", "--episodes", 20)
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert set(rows[1:]) == {"prototype", "nearest", "compact", "4d"}
+    assert result_of(done)["methods"]["4d"][str(FOLD)]["miou"] == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)

@@ -64,7 +64,9 @@ def test_every_non_zero_pixel_of_a_mask_is_the_object_in_any_mode(tmp_path):
     palette.putpalette([255, 255, 255, 0, 0, 0] + [0] * 762)  # index 0 is white: colours must not matter
     palette.save(tmp_path / "palette.png")
     save(tmp_path / "grey.png", mask)
-    Image.fromarray(mask * 255).convert("RGB").save(tmp_path / "rgb.png")
+    faint = np.zeros((20, 30, 3), np.uint8)
+    faint[..., 2] = 3 * mask
+    Image.fromarray(faint).save(tmp_path / "rgb.png")
     Image.fromarray(mask > 0).save(tmp_path / "bits.png")
     for name in ("palette", "grey", "rgb", "bits"):
         assert np.array_equal(read_mask(tmp_path / f"{name}.png", (30, 20)), mask), name

@@ -151,3 +151,17 @@ def test_the_contrast_prototype_is_positive_exactly_nearer_to_the_object():
     outside = torch.nn.functional.normalize(features[0][:, weights[0] == 0].mean(1), dim=0)
     for query in torch.randn(50, 8):
         assert (query @ direction[0] > 0) == (query @ inside > query @ outside)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("variant", ["compact", "4d"])
+def test_a_gpu_gives_the_masks_of_the_cpu(variant):
+    model = Segmenter(dataclasses.replace(SMALL, variant=variant)).eval()
+    batch = small_batch(model.config)
+    masks = []
+    for device in ("cpu", "cuda"):
+        late, mask, query, embedding = (x.to(device) for x in batch)
+        here = model.to(device)
+        masks.append(here.segment(query, embedding, here.encode_support(late, mask)).mask_logits.cpu())
+    torch.testing.assert_close(*masks, rtol=1e-2, atol=1e-2)

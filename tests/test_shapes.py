@@ -59,7 +59,13 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="expected an empty folder"):
         write_shapes(tmp_path, 3, seed=0)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "classes.txt").write_text("mine\n")
+    with pytest.raises(UserError, match="expected an empty folder"):
+        write_shapes(tmp_path, 3, seed=0)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "thesis.txt": "years of work",
+        "classes.txt": "mine\n",
+    }
 
 
 def test_labels_fit_their_images(shapes_root):

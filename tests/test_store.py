@@ -18,7 +18,7 @@ from feature_store import FeatureStore, Fingerprint, Row, ShardWriter, StoreErro
 from feature_store.layout import ROWS_PER_SHARD, num_shards, shard_key, shard_rows
 
 FINGERPRINT = Fingerprint(
-    feature="late", model="m", weights="w1", layers="l", res_px=56, grid=4, channels=8, view_seed=0
+    feature="late", model="m", weights="w1", layers="l", res_px=56, grid=4, channels=8, view_seed=0, preprocessing="p"
 )
 ROWS = [Row(f"image {i}", view, f"/photos/image {i}.jpg") for i in range(25) for view in range(2)]
 SIZES = [(500, 375)] * ROWS_PER_SHARD
@@ -211,3 +211,14 @@ def test_the_store_opens_without_torch(tmp_path):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_local_path_may_hold_any_character(tmp_path):
+    data = features()
+    fill(str(tmp_path / "run#1?x"), data)
+    assert np.array_equal(FeatureStore(str(tmp_path / "run#1?x")).read([3]), data[[3]])
+
+
+def test_a_moved_data_set_is_the_same_data_set(tmp_path):
+    create(str(tmp_path), FINGERPRINT, ROWS)
+    assert create(str(tmp_path), FINGERPRINT, [row._replace(source="/elsewhere") for row in ROWS]).missing() == [0, 1]

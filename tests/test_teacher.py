@@ -1,8 +1,10 @@
 import pytest
 import torch
+from segment_anything import sam_model_registry
 
 from fsdino.errors import UserError
-from fsdino.teacher import build_teacher
+from fsdino.segmenter import Segmenter, SegmenterConfig
+from fsdino.teacher import build_teacher, sam_decoder_state
 
 
 @torch.no_grad()
@@ -33,3 +35,22 @@ def test_the_offline_teacher_has_normalised_positions_on_the_grid_it_states(res)
 def test_an_unknown_teacher_is_a_users_mistake():
     with pytest.raises(UserError, match="--teacher clip: no such teacher"):
         build_teacher("clip")
+
+
+@pytest.mark.slow
+def test_sams_checkpoint_fills_every_part_of_the_decoder(tmp_path):
+    """At full size, under random weights and the official names."""
+    sam = sam_model_registry["vit_b"]()
+    torch.save(sam.state_dict(), tmp_path / "sam.pth")
+    state = sam_decoder_state("sam_vit_b", str(tmp_path / "sam.pth"))
+    segmenter = Segmenter(SegmenterConfig(768, 768, grid=37, variant="compact"))
+    missing, unknown = segmenter.load_state_dict(state, strict=False)
+    assert not unknown
+    assert {key.split(".")[0] for key in missing} == {"adapter", "prompt", "similarity_scale"}
+    assert torch.equal(segmenter.decoder.mask_tokens.weight, sam.mask_decoder.mask_tokens.weight)
+    assert torch.equal(segmenter.encoding(64), sam.prompt_encoder.get_dense_pe())
+
+
+def test_an_unknown_decoder_checkpoint_is_a_users_mistake():
+    with pytest.raises(UserError, match="--sam-decoder vit_h: no such checkpoint; known are sam_vit_h"):
+        sam_decoder_state("vit_h")

@@ -52,3 +52,10 @@ def test_no_training_image_of_a_fold_holds_a_novel_pixel(voc_root):
         assert len(images) > 500
         assert not any(novel & set(pixels[image_id]) for image_id in images)
         assert not set(images) & set(dataset.ids("val"))
+
+
+def test_class_names_may_have_spaces_and_the_folder_names_the_data_set(tmp_path, shapes_root):
+    root = shutil.copytree(shapes_root, tmp_path / "street")
+    (root / "classes.txt").write_text("traffic light\nstop sign\n")
+    dataset = VocDataset(root)
+    assert dataset.class_names == ["traffic light", "stop sign"] and dataset.name == "street"

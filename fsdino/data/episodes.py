@@ -12,24 +12,21 @@ import numpy as np
 from fsdino.errors import UserError
 
 TRAIN, TEST = 0, 1
-WHOLE = (0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Episode:
-    """Image ids, and for the query and then each support: its view, whether its features are mirrored, and the window
-    of them that counts, as (top, left, side) in shares of the grid's side."""
+    """Image ids, and for the query and then each support its view and whether its features are mirrored."""
 
     class_id: int
     query: str
     supports: tuple[str, ...]
     views: tuple[int, ...]
     flips: tuple[bool, ...]
-    windows: tuple[tuple[float, float, float], ...]
 
     def plain(self) -> "Episode":
-        """The same images whole and unmirrored, for pictures."""
-        return replace(self, flips=(False,) * len(self.flips), windows=(WHOLE,) * len(self.windows))
+        """The same images unmirrored, for pictures."""
+        return replace(self, flips=(False,) * len(self.flips))
 
 
 class EpisodeSampler:
@@ -38,8 +35,7 @@ class EpisodeSampler:
     Test episodes go through the query images in order and draw the class among those in the image, as PFENet does.
     Training draws the query uniformly, or, with `balance` above 0, the class first, by its
     number of images to the power 1 - `balance` (1: every class alike); then each image's view, whether its features
-    are mirrored (`flip`, one half), and a window of them (one half, of side `min_window` to 1) that is stretched to the
-    whole. Supports are distinct and never the query.
+    are mirrored (`flip`, one half). Supports are distinct and never the query.
     """
 
     def __init__(
@@ -53,7 +49,6 @@ class EpisodeSampler:
         num_views: int = 1,
         balance: float = 0.0,
         flip: bool = False,
-        min_window: float = 1.0,
     ):
         self.images = sorted(images)
         self.by_class: dict[int, list[str]] = {}
@@ -62,14 +57,14 @@ class EpisodeSampler:
                 self.by_class.setdefault(class_id, []).append(image_id)
         short = [c for c, members in self.by_class.items() if len(members) <= shots]
         if short or not self.images:
-            counts = {c: len(self.by_class[c]) for c in sorted(short)} or "no image at all"
+            found = {c: len(self.by_class[c]) for c in sorted(short)} or "no image at all"
             raise UserError(
                 f"fold {fold}: expected at least {shots + 1} images of every class for {shots}-shot episodes, "
-                f"got {counts}; use fewer shots or more images"
+                f"got {found}; use fewer shots or more images"
             )
         self.classes = {image_id: sorted(images[image_id]) for image_id in self.images}
         self.shots, self.fold, self.seed, self.training = shots, fold, seed, training
-        self.num_views, self.flip, self.min_window = num_views, flip, min_window
+        self.num_views, self.flip = num_views, flip
         counts = np.array([len(self.by_class[c]) for c in sorted(self.by_class)], float)
         self.class_shares = counts ** (1 - balance) / (counts ** (1 - balance)).sum() if balance > 0 else None
 
@@ -86,10 +81,4 @@ class EpisodeSampler:
         supports = tuple(others[i] for i in rng.choice(len(others), self.shots, replace=False))
         views = tuple(int(v) for v in rng.integers(self.num_views, size=1 + self.shots))
         flips = tuple(bool(f) for f in rng.random(1 + self.shots) < (0.5 if self.flip else 0))
-        windows = tuple(self._window(rng) for _ in flips)
-        return Episode(class_id, query, supports, views, flips, windows)
-
-    def _window(self, rng: np.random.Generator) -> tuple[float, float, float]:
-        side = float(rng.uniform(self.min_window, 1)) if rng.random() < 0.5 else 1.0
-        top, left = rng.uniform(0, 1 - side, 2)
-        return float(top), float(left), side
+        return Episode(class_id, query, supports, views, flips)

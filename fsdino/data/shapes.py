@@ -81,11 +81,14 @@ def write_shapes(root: str | Path, num_images: int, seed: int, side_px: int = 40
     """
     root = Path(root)
     lists = root / "ImageSets" / "Segmentation"
-    if root.exists() and any(root.iterdir()) and not (root / "classes.txt").exists():
+    listed = root / "classes.txt"
+    ours = listed.exists() and listed.read_text().splitlines() == CLASSES
+    if root.exists() and any(root.iterdir()) and not ours:
         raise UserError(f"{root}: expected an empty folder for generated data, found other files; choose another")
+    root.mkdir(parents=True, exist_ok=True)
+    listed.write_text("\n".join(CLASSES) + "\n")  # first: it marks the folder as ours, should the rest be interrupted
     for folder in (root / "JPEGImages", root / "SegmentationClassAug", lists):
         folder.mkdir(parents=True, exist_ok=True)
-    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(partial(_write_one, root, seed, side_px), range(num_images), chunksize=16))
     names = [_name(i) for i in range(num_images)]

@@ -2,7 +2,7 @@
 
 A root holds JPEGImages/*.jpg, SegmentationClassAug/*.png (palette index = class, 255 = void), and lists of ids in
 ImageSets/Segmentation/{train_aug,val}.txt. An optional classes.txt names the classes, one per line from class 1;
-without it the twenty of PASCAL VOC are meant.
+without it the twenty of PASCAL VOC are meant. A data set of one's own is known by its folder's name.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ class VocDataset:
                 "name the folder that holds JPEGImages"
             )
         names = self.root / "classes.txt"
-        self.class_names = names.read_text().split() if names.exists() else VOC_CLASSES
-        self.name = f"shapes-{len(self.class_names)}" if names.exists() else "pascal-5i"
+        self.class_names = names.read_text().strip().splitlines() if names.exists() else VOC_CLASSES
+        self.name = self.root.resolve().name if names.exists() else "pascal-5i"
 
     def ids(self, split: Split) -> list[str]:
         """Image ids in the list's order, which is the order of the test queries."""
@@ -70,7 +70,9 @@ class VocDataset:
         ids = self.ids(split)
         stamps = [(self.root / "SegmentationClassAug" / f"{i}.png") for i in ids]
         key = hashlib.sha256(
-            json.dumps([str(self.root.resolve()), ids, [p.stat().st_mtime_ns for p in stamps if p.exists()]]).encode()
+            json.dumps(
+                [str(self.root.resolve()), self.class_names, ids, [p.stat().st_mtime_ns for p in stamps if p.exists()]]
+            ).encode()
         ).hexdigest()[:16]
         cached = cache_folder() / f"class-pixels-{key}.json"
         if cached.exists():
