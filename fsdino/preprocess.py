@@ -52,7 +52,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w
         raise UserError(
             f"{path}: expected at least one foreground pixel, got none; mark the object with a value above 0"
         )
-    return mask.astype(np.uint8)
+    return np.asarray(mask, dtype=np.uint8)
 
 
 def resize_square(image: Image.Image, res_px: int) -> UInt8[np.ndarray, "r r 3"]:
