@@ -45,6 +45,7 @@ class FeatureStore:
             raise StoreError(f"{self.url}: the store is not sealed; run its extraction again to finish it") from None
         self.samples = manifest.rows_of(table)
         self.sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+        self.checksums: list[int] = table["checksum"].to_pylist()
         self.shape: tuple[int, ...] = array.shape[1:]
         self.dtype = np.dtype(self.fingerprint.dtype)
         self._row = {(sample.sample_id, sample.view): i for i, sample in enumerate(self.samples)}

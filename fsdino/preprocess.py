@@ -64,7 +64,7 @@ def to_input(
     pixels: UInt8[np.ndarray, "b r r 3"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Tensor, "b 3 r r"]:
     """Pixels 0-255 to a network's input: scaled to [0, 1], then normalised by its own `mean` and `std`."""
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
+    x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 

@@ -125,7 +125,7 @@ class ComputeShard:
         if pixels.dtype == np.uint8:
             x = to_input(pixels, self.network.mean, self.network.std)  # type: ignore[attr-defined]
         else:
-            x = torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, 1).float()
+            x = torch.from_numpy(np.array(pixels)).movedim(-1, 1).float()
         half = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
             features = self.network(x.to(self.device))
