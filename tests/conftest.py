@@ -41,7 +41,7 @@ def own_cache(tmp_path_factory):
 def command(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     """Run a real command as a user does, from the checkout."""
     line = [sys.executable, "-m", f"pipelines.{name}", *map(str, arguments)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(line)} exited with {done.returncode}:\n{done.stderr[-4000:]}")
     return done
