@@ -6,14 +6,15 @@ Writes shapes, extracts features, distils, bakes, trains both variants and score
 prototype on classes none of them saw. Everything lands in one folder; the log of every command is in `demo.log`.
 """
 
+import io
 import json
-import os
-import subprocess
+import runpy
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from tqdm import tqdm
@@ -52,27 +53,11 @@ def job(settings: Settings) -> dict[str, Any]:
     tracking_uri = f"sqlite:///{out / 'mlflow.db'}"
     plan = commands(settings, out, tracking_uri)
     connect()
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     results: dict[str, dict[str, Any]] = {}
     with open(out / "demo.log", "w") as log, tqdm(plan.items(), unit="step", file=sys.stderr) as bar:
-        for title, command in bar:
+        for title, (name, arguments) in bar:
             bar.set_description(title)
-            log.write(f"\n$ python {' '.join(command)}\n")
-            log.flush()
-            done = subprocess.run(
-                [sys.executable, *command],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=environment,
-                cwd=Path.cwd(),
-            )
-            log.write(done.stdout)
-            if done.returncode == 2:
-                raise UserError((out / "demo.log").read_text().rstrip().splitlines()[-1].removeprefix("error: "))
-            if done.returncode:
-                raise RuntimeError(f"{title} failed with code {done.returncode}; its output is in {out / 'demo.log'}")
-            results[title] = json.loads(done.stdout.splitlines()[-1])
+            results[title] = run_command(name, arguments, log)
     ray.shutdown()
     scores = {m: {k: results[f"score {m}"][k] for k in ("miou", "fb_iou")} for m in METHODS}
     print(f"\nfold {settings.fold}, {settings.shots}-shot, {settings.episodes} episodes on novel classes:\n")
@@ -93,8 +78,29 @@ def job(settings: Settings) -> dict[str, Any]:
     }
 
 
-def commands(settings: Settings, out: Path, tracking_uri: str) -> dict[str, list[str]]:
-    """Title and arguments of every step."""
+def run_command(name: str, arguments: list[str], log: TextIO) -> dict[str, Any]:
+    """What `python -m pipelines.NAME ARGUMENTS` does, in this process: its imports and its Ray serve all commands.
+
+    Its output goes to the log; returns the JSON object of its last line.
+    """
+    log.write(f"\n$ python -m pipelines.{name} {' '.join(arguments)}\n")
+    said, own = io.StringIO(), sys.argv
+    sys.argv = [name, *arguments]
+    try:
+        with redirect_stdout(said), redirect_stderr(log):
+            runpy.run_module(f"pipelines.{name}", run_name="__main__", alter_sys=True)
+    except SystemExit:  # with code 2: the reason is the last line that it wrote
+        log.flush()
+        raise UserError(Path(log.name).read_text().splitlines()[-1].removeprefix("error: ")) from None
+    finally:
+        sys.argv = own
+        log.write(said.getvalue())
+        log.flush()
+    return json.loads(said.getvalue().splitlines()[-1])
+
+
+def commands(settings: Settings, out: Path, tracking_uri: str) -> dict[str, tuple[str, list[str]]]:
+    """Title, command and arguments of every step."""
     data = str(out / "shapes")
     places = [
         "--data",
@@ -110,8 +116,8 @@ def commands(settings: Settings, out: Path, tracking_uri: str) -> dict[str, list
     fold = ["--fold", str(settings.fold)]
     test = [*fold, "--shots", str(settings.shots), "--episodes", str(settings.episodes)]
 
-    def command(name: str, *arguments: str) -> list[str]:
-        return ["-m", f"pipelines.{name}", *arguments]
+    def command(name: str, *arguments: str) -> tuple[str, list[str]]:
+        return name, list(arguments)
 
     coarse = ["--res", str(COARSE_PX), "--num-views", "1", "--features", "early", "--splits", "train"]
     plan = {

@@ -1,5 +1,6 @@
 """The only MLflow import: runs, batched metrics, pictures, checkpoints."""
 
+import logging
 import os
 import subprocess
 import time
@@ -16,6 +17,7 @@ from PIL import Image
 
 from fsdino.errors import UserError
 
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
 PARAM_LIMIT = 100  # MLflow's parameters in one request
 
 
