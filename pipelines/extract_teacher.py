@@ -3,7 +3,7 @@
     python -m pipelines.extract_teacher --res 518
 
 The teacher sees each image as the same square that the student sees, at the teacher's own side (SAM: 1024 px).
-Cost: SAM-H takes about 0.2 s an image on an A100; the offline teacher 0.05 s on two cores.
+Cost: VOC's 3,396 training images by the offline recipe took 9 minutes on two cores that other work shared, and 0.4 GB.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@
         --support cat1.jpg --mask cat1.png --query a.jpg b.jpg --out masks
 
 One to five supports, each with a mask (non-zero is the object). Masks are 0 and 255; `panel.png` shows them all.
-Runs on this machine alone, without stores. Cost: 0.3 s a photograph with the offline recipe on two cores.
+Runs on this machine alone, without stores.
 """
 
 import tempfile
