@@ -1,111 +1,110 @@
-"""Look at feature stores.
+"""Look at feature stores, check them, mend them, move them.
 
     python -m feature_store ls outputs/stores
     python -m feature_store stats outputs/stores/pascal-5i/late@400
     python -m feature_store verify s3://features/pascal-5i/late@518
+    python -m feature_store repair s3://features/pascal-5i/late@518
+    python -m feature_store copy s3://features/pascal-5i/late@518 /scratch/stores/pascal-5i/late@518
+    python -m feature_store diff outputs/stores/pascal-5i/late@400 /scratch/stores/pascal-5i/late@400
+    python -m feature_store gc outputs/stores --delete
+    python -m feature_store warm s3://features/pascal-5i/late@518 --cache /scratch/cache --cache-gb 200
 
-The last line of stdout is JSON. Exit codes: 0 all well, 1 `verify` found damage, 2 no such store.
+The last line of stdout is JSON. Exit codes: 0 all well, 1 damage (`verify`), a difference (`diff`) or a place that
+failed, 2 wrong usage or no such store.
 """
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import fsspec
-import google_crc32c
-import numpy as np
 import tyro
-from tqdm import tqdm
 
-from feature_store import files, layout
-from feature_store.errors import StoreError
+from feature_store import tools
+from feature_store.cache import CacheSettings
+from feature_store.errors import StoreError, StoreFault
 from feature_store.reader import FeatureStore
-from feature_store.writer import ShardWriter
+
+Url = tyro.conf.Positional[str]
 
 
-def ls(root: tyro.conf.Positional[str]) -> dict[str, Any]:
-    """List the stores below a path or URL: samples, shards done, bytes, what made them, and whether they are sealed."""
-    fs, path = fsspec.url_to_fs(files.absolute(root))
-    stores = []
-    for found in sorted(fs.glob(f"{path}/**/zarr.json")):
-        url = fs.unstrip_protocol(found.removesuffix("/zarr.json")).removeprefix("file://")
-        writer = ShardWriter(url)
-        shards = layout.num_shards(len(writer.rows))
-        entry = {
-            "url": url,
-            "samples": len(writer.rows),
-            "shards": shards,
-            "done": shards - len(writer.missing()),
-            "bytes": int(np.prod(writer.array.shape)) * writer.array.dtype.itemsize,
-            "model": writer.fingerprint.model,
-            "sealed": files.exists(url, layout.MANIFEST),
-        }
-        state = "sealed" if entry["sealed"] else f"{entry['done']} of {shards} shards"
-        print(f"{url}  {entry['samples']} samples  {entry['bytes'] / 1e9:.2f} GB  {entry['model']}  {state}")
-        stores.append(entry)
+def ls(root: Url) -> dict[str, Any]:
+    """List the stores below a path or URL: samples, bytes, what made them, and how far they have come."""
+    stores = [tools.describe(url) for url in tools.find(root)]
+    for s in stores:
+        state = "sealed" if s["sealed"] else f"{s['done']} of {s['shards']} shards"
+        print(f"{s['url']}  {s['samples']} samples  {s['bytes'] / 1e9:.2f} GB {s['dtype']}  {s['model']}  {state}")
     return {"stores": stores}
 
 
-def stats(url: tyro.conf.Positional[str]) -> dict[str, Any]:
+def stats(url: Url) -> dict[str, Any]:
     """Count samples, bytes and values of a store: range, mean, deviation, NaN, and channels that never vary."""
-    store = FeatureStore(url)
-    low, high = np.full(store.shape[-1], np.inf), np.full(store.shape[-1], -np.inf)
-    total, squares, nans = 0.0, 0.0, 0
-    for rows in tqdm(_shards(store), unit="shard", file=sys.stderr):
-        values = store.read(rows).astype(np.float64).reshape(-1, store.shape[-1])
-        nans += int(np.isnan(values).sum())
-        low, high = np.fmin(low, np.fmin.reduce(values)), np.fmax(high, np.fmax.reduce(values))
-        total, squares = total + np.nansum(values), squares + np.nansum(values**2)
-    count = len(store) * int(np.prod(store.shape))
-    mean = total / max(count - nans, 1)
-    return {
-        "url": store.url,
-        "samples": len(store),
-        "bytes": count * store.dtype.itemsize,
-        "min": float(low.min()),
-        "max": float(high.max()),
-        "mean": mean,
-        "std": float(np.sqrt(max(squares / max(count - nans, 1) - mean**2, 0))),
-        "nan": nans,
-        "dead_channels": np.flatnonzero(low == high).tolist(),
-    }
+    return tools.statistics(url)
 
 
-def verify(url: tyro.conf.Positional[str]) -> dict[str, Any]:
-    """Read every sample and check it against its shard's checksum and the manifest's."""
-    store = FeatureStore(url)
-
-    def damage(row: int) -> str | None:
-        try:
-            (sample,) = store.read([row])
-        except StoreError as error:
-            return str(error)
-        if google_crc32c.value(sample.tobytes()) != store.checksums[row]:
-            return f"{store.url}: row {row} ({store.samples[row].sample_id}) is not the one that the manifest lists"
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        checked = tqdm(pool.map(damage, range(len(store))), total=len(store), unit="sample", file=sys.stderr)
-        damaged = [message for message in checked if message]
-    for message in damaged:
-        print(message)
-    return {"url": store.url, "samples": len(store), "damaged": len(damaged)}
+def verify(url: Url) -> dict[str, Any]:
+    """Check every byte against its checksums: seal, manifest, markers, shards. Exits with 1 if anything is damaged."""
+    summary, found = tools.verify(url)
+    for damage in found:
+        print(damage.message)
+    return {**summary, "damaged": len(found), "shards_damaged": sorted({d.shard for d in found if d.shard is not None})}
 
 
-def _shards(store: FeatureStore) -> list[range]:
-    return [layout.shard_rows(shard, len(store)) for shard in range(layout.num_shards(len(store)))]
+def repair(url: Url, quarantined: bool = False) -> dict[str, Any]:
+    """Mark damaged shards as missing, so that the store's extraction computes them, and only them, anew.
+
+    Args:
+        url: The store.
+        quarantined: Also shards with quarantined images, to read those again.
+    """
+    return tools.repair(url, quarantined)
+
+
+def copy(source: Url, destination: Url) -> dict[str, Any]:
+    """Copy a sealed store to another path or URL, checked; run again after a stop, it goes on."""
+    return tools.copy(source, destination)
+
+
+def diff(first: Url, second: Url) -> dict[str, Any]:
+    """Compare two stores: fingerprints, samples, largest difference of a value. Exits with 1 unless they are equal."""
+    return tools.difference(first, second)
+
+
+def gc(root: Url, delete: bool = False) -> dict[str, Any]:
+    """List what killed jobs left behind below a path or URL.
+
+    Args:
+        root: One store, or any folder above stores.
+        delete: Remove it, instead of only listing it.
+    """
+    result = tools.garbage(root, delete)
+    for name in [*result["files"], *result["uploads"]]:
+        print(name)
+    return result
+
+
+def warm(url: Url, cache: str, cache_gb: float = 100) -> dict[str, Any]:
+    """Fill the local cache of a remote store before training.
+
+    Args:
+        url: The store.
+        cache: Folder of the cache, as given to training.
+        cache_gb: Its largest size in GB (10^9 bytes), over all stores.
+    """
+    return tools.warm(FeatureStore(url, cache=CacheSettings(cache, int(cache_gb * 1e9))))
+
+
+COMMANDS = {f.__name__: f for f in (ls, stats, verify, repair, copy, diff, gc, warm)}
 
 
 def main() -> None:
     """Run one of the commands."""
     try:
-        result = tyro.extras.subcommand_cli_from_dict({"ls": ls, "stats": stats, "verify": verify})
+        result = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
     except StoreError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, StoreFault) else 2)
     print(json.dumps(result))
-    sys.exit(1 if result.get("damaged") else 0)
+    sys.exit(1 if (sys.argv[1] == "verify" and result["damaged"]) or result.get("equal") is False else 0)
 
 
 if __name__ == "__main__":

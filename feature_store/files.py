@@ -1,15 +1,86 @@
-"""Whole small files on any fsspec URL: read, atomic write, list."""
+"""Files below a store's URL: whole reads, ranges, atomic writes, exclusive creation, listing, deletion.
 
+Local folders go through the operating system, s3:// and http(s):// through obstore (as fast as bare concurrent range
+requests, see docs/benchmarks), every other scheme through fsspec. Credentials come from where AWS's tools look for
+them; a URL that carries some is refused.
+"""
+
+import errno
 import os
+import random
+import threading
+import time
 import uuid
-from urllib.parse import urlsplit
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
+from feature_store.errors import StoreError, StoreFault
+
+T = TypeVar("T")
+Bytes = bytes | memoryview
+REQUEST_SECONDS = 60.0  # for one request, body included; FSDINO_STORE_TIMEOUT overrides it
+TRIES = 6
+BACKOFF_SECONDS = 0.2  # doubled at each try, and drawn at random up to that
+
+
+class Folder(ABC):
+    """The files of one store. Missing files raise FileNotFoundError, a place that fails StoreFault."""
+
+    url: str
+
+    @abstractmethod
+    def read(self, key: str) -> Bytes:
+        """A whole file."""
+
+    @abstractmethod
+    def span(self, key: str, start: int, length: int) -> Bytes:
+        """`length` bytes from `start`, or from the end if it is negative; fewer where the file ends."""
+
+    @abstractmethod
+    def write(self, key: str, parts: Sequence[Bytes]) -> None:
+        """Write a file so that a reader sees all of it or nothing, whatever is killed."""
+
+    @abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Write a file unless it is there, then false. Atomic locally and on S3."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove a file; one that is not there is no error."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Base names of the files in a folder, sorted; none if it is not there."""
+
 
 def absolute(url: str) -> str:
-    """The URL, or the absolute form of a local path, so that every process means the same place."""
-    return url if urlsplit(url).scheme else os.path.abspath(url)
+    """The URL, or the absolute form of a local path, so that every process means the same place.
+
+    Raises StoreError if the URL carries credentials: they would end in logs, manifests and tracking.
+    """
+    parts = urlsplit(url)
+    if not parts.scheme:
+        return os.path.abspath(url)
+    if "@" in parts.netloc:
+        raise StoreError(
+            f"{parts.scheme}://***@{parts.netloc.rsplit('@', 1)[1]}{parts.path}: expected a URL without credentials; "
+            "put them into the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+        )
+    return url
+
+
+def redacted(url: str) -> str:
+    """A source as it may be written down: without credentials and without the query that may hold a signature."""
+    parts = urlsplit(url)
+    if not parts.scheme or "://" not in url:
+        return url
+    return urlunsplit((parts.scheme, parts.netloc.rsplit("@", 1)[-1], parts.path, "", ""))
 
 
 def local_path(url: str) -> str | None:
@@ -19,40 +90,311 @@ def local_path(url: str) -> str | None:
     return url.removeprefix("file://") if url.startswith("file://") else None
 
 
-def read_bytes(url: str, key: str) -> bytes:
-    """The whole file. Raises FileNotFoundError."""
-    fs, root = fsspec.url_to_fs(url)
-    return fs.cat_file(f"{root}/{key}")
-
-
-def exists(url: str, key: str) -> bool:
-    """Whether the file is there."""
-    fs, root = fsspec.url_to_fs(url)
-    return fs.exists(f"{root}/{key}")
-
-
-def write_bytes(url: str, key: str, data: bytes) -> None:
-    """Write a file so that a reader sees all of it or nothing: rename locally, one PUT on object stores."""
-    local = local_path(url)
-    if local is None:
-        fs, root = fsspec.url_to_fs(url)
-        fs.pipe_file(f"{root}/{key}", data)
-        return
-    target = os.path.join(local, key)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    partial = f"{target}.{uuid.uuid4().hex}.partial"
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, target)
-
-
-def names(url: str, folder: str) -> list[str]:
-    """Base names of the files in a folder, sorted; none if it is not there."""
-    fs, root = fsspec.url_to_fs(url)
-    fs.invalidate_cache()
+def open_folder(url: str) -> Folder:
+    """The files below a URL. Raises StoreError if its scheme is unknown or its driver is not installed."""
+    url = absolute(url)
+    path = local_path(url)
+    if path is not None:
+        return LocalFolder(url, path)
+    if urlsplit(url).scheme in ("s3", "http", "https"):
+        return ObjectFolder(url)
     try:
-        return sorted(path.rsplit("/", 1)[1] for path in fs.ls(f"{root}/{folder}", detail=False))
+        return FsspecFolder(url)
+    except (ValueError, ImportError) as error:  # fsspec's words for an unknown scheme or a missing driver
+        raise StoreError(f"{url}: expected a path or an fsspec URL, got: {error}") from None
+
+
+class LocalFolder(Folder):
+    """A folder of this machine or of a shared file system."""
+
+    def __init__(self, url: str, path: str):
+        self.url, self.path = url, path
+
+    def read(self, key: str) -> Bytes:
+        """See Folder."""
+        with _place(self.url, key), open(os.path.join(self.path, key), "rb") as file:
+            return file.read()
+
+    def span(self, key: str, start: int, length: int) -> Bytes:
+        """See Folder."""
+        with _place(self.url, key), open(os.path.join(self.path, key), "rb", buffering=0) as file:
+            begin = start if start >= 0 else max(os.fstat(file.fileno()).st_size + start, 0)
+            return os.pread(file.fileno(), length, begin)
+
+    def write(self, key: str, parts: Sequence[Bytes]) -> None:
+        """See Folder. A killed write leaves a `.partial` file, which `gc` removes."""
+        target = os.path.join(self.path, key)
+        partial = f"{target}.{uuid.uuid4().hex}.partial"
+        with _place(self.url, key):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            try:
+                self._write(partial, parts)
+                os.replace(partial, target)
+            except BaseException:
+                _remove(partial)
+                raise
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See Folder."""
+        target = os.path.join(self.path, key)
+        partial = f"{target}.{uuid.uuid4().hex}.partial"
+        with _place(self.url, key):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            try:
+                self._write(partial, [data])
+                os.link(partial, target)  # fails if the target is there, unlike a rename
+            except FileExistsError:
+                return False
+            finally:
+                _remove(partial)
+        return True
+
+    def delete(self, key: str) -> None:
+        """See Folder."""
+        with _place(self.url, key):
+            _remove(os.path.join(self.path, key))
+
+    def names(self, folder: str) -> list[str]:
+        """See Folder."""
+        try:
+            with _place(self.url, folder):
+                return sorted(e.name for e in os.scandir(os.path.join(self.path, folder)) if not e.is_dir())
+        except FileNotFoundError:
+            return []
+
+    @staticmethod
+    def _write(path: str, parts: Sequence[Bytes]) -> None:
+        with open(path, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class ObjectFolder(Folder):
+    """A prefix of an S3 bucket, or a folder of a web server (read only)."""
+
+    _started_in: int | None = None  # process in which obstore's threads run; a fork does not take them along
+
+    def __init__(self, url: str):
+        self.url = url
+        self._check_fork()
+        self._store = _object_store(url)
+
+    def read(self, key: str) -> Bytes:
+        """See Folder."""
+        import obstore
+
+        return self._try(key, lambda: memoryview(obstore.get(self._store, key).bytes()))
+
+    def span(self, key: str, start: int, length: int) -> Bytes:
+        """See Folder."""
+        import obstore
+
+        if start >= 0:
+            return self._try(key, lambda: memoryview(obstore.get_range(self._store, key, start=start, length=length)))
+        suffix: Any = {"range": {"suffix": -start}}
+        return self._try(key, lambda: memoryview(obstore.get(self._store, key, options=suffix).bytes())[:length])
+
+    def write(self, key: str, parts: Sequence[Bytes]) -> None:
+        """See Folder. One PUT, so nothing of a multipart upload can be left over."""
+        import obstore
+
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._try(key, lambda: obstore.put(self._store, key, data, use_multipart=False))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See Folder."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            self._try(key, lambda: obstore.put(self._store, key, data, mode="create", use_multipart=False))
+        except AlreadyExistsError:
+            return bytes(self.read(key)) == data  # an answer that got lost: the file is ours
+        return True
+
+    def delete(self, key: str) -> None:
+        """See Folder."""
+        import obstore
+
+        try:
+            self._try(key, lambda: obstore.delete(self._store, key))
+        except FileNotFoundError:
+            return
+
+    def names(self, folder: str) -> list[str]:
+        """See Folder."""
+        import obstore
+
+        found = self._try(folder, lambda: obstore.list_with_delimiter(self._store, f"{folder}/" if folder else None))
+        return sorted(entry["path"].rsplit("/", 1)[-1] for entry in found["objects"])
+
+    def _check_fork(self) -> None:
+        if ObjectFolder._started_in not in (None, os.getpid()):
+            raise StoreError(
+                f"{self.url}: this process was forked from one that had used a remote store, and its connections do "
+                "not survive that; start workers by spawn (DataLoader: multiprocessing_context='spawn')"
+            )
+        ObjectFolder._started_in = os.getpid()
+
+    def _try(self, key: str, request: Callable[[], T]) -> T:
+        """The request, tried again while the server fails: obstore itself tries only what is safe by HTTP's rules."""
+        from obstore import exceptions
+
+        self._check_fork()
+        for attempt in range(TRIES):
+            try:
+                return request()
+            except (exceptions.NotFoundError, FileNotFoundError):
+                raise FileNotFoundError(f"{self.url}/{key}") from None
+            except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError) as error:
+                raise StoreError(
+                    f"{self.url}/{key}: the object store refuses ({_first_line(error)}); check the credentials in the "
+                    "environment and what they allow"
+                ) from None
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+                raise
+            except exceptions.NotSupportedError as error:
+                raise StoreError(f"{self.url}/{key}: not possible there: {_first_line(error)}") from None
+            except (exceptions.BaseError, OSError) as error:
+                if attempt == TRIES - 1:
+                    raise StoreFault(
+                        f"{self.url}/{key}: the object store failed {TRIES} times, at last with: "
+                        f"{_first_line(error)}; see to it and run the same command again to go on"
+                    ) from None
+                time.sleep(random.uniform(0, BACKOFF_SECONDS * 2**attempt))
+        raise AssertionError("unreachable")
+
+
+class FsspecFolder(Folder):
+    """A folder on any other scheme that fsspec knows."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self._fs, self._root = fsspec.url_to_fs(url)
+
+    def read(self, key: str) -> Bytes:
+        """See Folder."""
+        with _place(self.url, key):
+            return self._fs.cat_file(f"{self._root}/{key}")
+
+    def span(self, key: str, start: int, length: int) -> Bytes:
+        """See Folder."""
+        with _place(self.url, key):
+            return self._fs.cat_file(f"{self._root}/{key}", start=start, end=None if start < 0 else start + length)
+
+    def write(self, key: str, parts: Sequence[Bytes]) -> None:
+        """See Folder. As atomic as the driver's `pipe_file`."""
+        with _place(self.url, key):
+            self._fs.pipe_file(f"{self._root}/{key}", b"".join(parts))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See Folder, but two processes that ask at the same moment may both hear yes."""
+        with _place(self.url, key):
+            if self._fs.exists(f"{self._root}/{key}"):
+                return False
+            self._fs.pipe_file(f"{self._root}/{key}", data)
+        return True
+
+    def delete(self, key: str) -> None:
+        """See Folder."""
+        try:
+            with _place(self.url, key):
+                self._fs.rm_file(f"{self._root}/{key}")
+        except FileNotFoundError:
+            return
+
+    def names(self, folder: str) -> list[str]:
+        """See Folder."""
+        self._fs.invalidate_cache()
+        try:
+            with _place(self.url, folder):
+                listed = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(entry["name"].rsplit("/", 1)[1] for entry in listed if entry["type"] == "file")
+
+
+@contextmanager
+def _place(url: str, key: str) -> Iterator[None]:
+    """Errors of the operating system or a driver, as errors of the store; a missing file stays what it is."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFault(
+                f"{url}/{key}: no space left there; make some and run the same command again to go on"
+            ) from None
+        if isinstance(error, PermissionError) or error.errno in (errno.EROFS, errno.ENOTDIR):
+            raise StoreError(f"{url}/{key}: {error.strerror}; check who may read and write there") from None
+        raise StoreFault(f"{url}/{key}: {error}; see to it and run the same command again to go on") from None
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
     except FileNotFoundError:
-        return []
+        return
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+_object_stores: dict[str, Any] = {}
+_object_stores_lock = threading.Lock()
+
+
+def _object_store(url: str) -> Any:
+    """One client, with its connections, for each URL of this process."""
+    with _object_stores_lock:
+        if url not in _object_stores:
+            _object_stores[url] = _new_object_store(url)
+        return _object_stores[url]
+
+
+def _new_object_store(url: str) -> Any:
+    from obstore.store import HTTPStore, S3Store
+
+    seconds = float(os.environ.get("FSDINO_STORE_TIMEOUT", REQUEST_SECONDS))
+    options: Any = {"timeout": timedelta(seconds=seconds), "connect_timeout": timedelta(seconds=min(seconds, 10))}
+    retry: Any = {
+        "max_retries": 4,
+        "retry_timeout": timedelta(seconds=3 * seconds),
+        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
+    }
+    parts = urlsplit(url)
+    if parts.scheme != "s3":
+        options["allow_http"] = parts.scheme == "http"
+        return HTTPStore(url, client_options=options, retry_config=retry)
+    import botocore.session
+
+    session = botocore.session.get_session()
+    config: Any = {"region": session.get_config_variable("region") or "us-east-1"}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        config["endpoint"] = endpoint
+        options["allow_http"] = endpoint.startswith("http://")
+    credentials = session.get_credentials()  # environment, profile, single sign-on, container, machine: AWS's own order
+    if credentials is not None:
+
+        def provide() -> Any:
+            now = credentials.get_frozen_credentials()
+            return {
+                "access_key_id": now.access_key,
+                "secret_access_key": now.secret_key,
+                "token": now.token,
+                "expires_at": datetime.now(UTC) + timedelta(minutes=15),
+            }
+
+        config["credential_provider"] = provide
+    return S3Store(
+        parts.netloc,
+        prefix=parts.path.strip("/") or None,
+        client_options=options,
+        retry_config=retry,
+        **config,
+    )

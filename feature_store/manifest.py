@@ -1,12 +1,29 @@
-"""The Parquet tables beside an array: the plan (which rows there will be) and the manifest (what each row holds)."""
+"""The small files beside an array: plan, markers, manifest, seal. Each can tell whether a bit of it has changed."""
 
 import io
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from feature_store import layout
+from feature_store.errors import StoreError
+from feature_store.files import Bytes, Folder, redacted
 from feature_store.schema import Row
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What is known of a finished shard: for each of its rows the image's size, the sample's crc32c, and its fate."""
+
+    width: list[int]
+    height: list[int]
+    checksum: list[int]
+    quarantine: dict[int, str]
+    """Position in the shard to the reason why the image could not be used; its features are NaN (int8: zero)."""
 
 
 def plan_bytes(rows: Sequence[Row]) -> bytes:
@@ -14,15 +31,16 @@ def plan_bytes(rows: Sequence[Row]) -> bytes:
     return _parquet(_plan_table(rows))
 
 
-def manifest_bytes(rows: Sequence[Row], markers: Sequence[dict]) -> bytes:
-    """The manifest: the plan, and for each row its image's size and the crc32c of its bytes, from the markers."""
+def manifest_bytes(rows: Sequence[Row], markers: Sequence[Marker]) -> bytes:
+    """The manifest: the plan, and for each row size, crc32c and reason of quarantine (null: none), from the markers."""
     table = _plan_table(rows)
     for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("checksum", pa.uint32())):
-        table = table.append_column(name, pa.array([v for marker in markers for v in marker[name]], kind))
-    return _parquet(table)
+        table = table.append_column(name, pa.array([v for m in markers for v in getattr(m, name)], kind))
+    reasons = [m.quarantine.get(slot) for m in markers for slot in range(len(m.width))]
+    return _parquet(table.append_column("quarantine", pa.array(reasons, pa.string())))
 
 
-def read_table(data: bytes) -> pa.Table:
+def read_table(data: Bytes) -> pa.Table:
     """A plan or a manifest."""
     return pq.read_table(io.BytesIO(data))
 
@@ -33,14 +51,80 @@ def rows_of(table: pa.Table) -> list[Row]:
     return [Row(*values) for values in zip(*columns, strict=True)]
 
 
+def marker_bytes(shard: int, marker: Marker) -> bytes:
+    """A marker as JSON with its own crc32c."""
+    record = {
+        "shard": shard,
+        "width": marker.width,
+        "height": marker.height,
+        "checksum": marker.checksum,
+        "quarantine": {str(slot): reason for slot, reason in marker.quarantine.items()},
+    }
+    return _json(record | {"crc32c": layout.crc32c(_json(record))})
+
+
+def read_marker(data: Bytes) -> Marker | None:
+    """A marker, None if it is damaged."""
+    try:
+        record = json.loads(bytes(data))
+        crc = record.pop("crc32c")
+        if _json(record | {"crc32c": crc}) != bytes(data) or layout.crc32c(_json(record)) != crc:
+            return None
+        quarantine = {int(slot): reason for slot, reason in record["quarantine"].items()}
+        return Marker(record["width"], record["height"], record["checksum"], quarantine)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def seal_bytes(files: dict[str, Bytes]) -> bytes:
+    """The seal: the crc32c of each file that a reader relies on."""
+    return _json({"crc32c": {name: layout.crc32c(data) for name, data in sorted(files.items())}})
+
+
+def read_sealed(folder: Folder, names: Sequence[str]) -> dict[str, Bytes]:
+    """Files that the seal vouches for. Raises FileNotFoundError without a seal, StoreError on damage."""
+    raw = bytes(folder.read(layout.SEAL))
+    try:
+        record: dict[str, Any] = json.loads(raw)
+        vouched = record["crc32c"]
+        whole = _json(record) == raw and set(vouched) == {layout.ARRAY, layout.PLAN, layout.MANIFEST}
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise StoreError(damaged(folder.url, layout.SEAL))
+    found = {}
+    for name in names:
+        try:
+            found[name] = folder.read(name)
+        except FileNotFoundError:
+            raise StoreError(damaged(folder.url, name)) from None
+        if layout.crc32c(found[name]) != vouched[name]:
+            raise StoreError(damaged(folder.url, name))
+    return found
+
+
+def damaged(url: str, name: str) -> str:
+    """The message for a file that is not what it was."""
+    return f"{url}/{name}: the file is damaged or gone; run `python -m feature_store repair {url}`, then the extraction"
+
+
 def _plan_table(rows: Sequence[Row]) -> pa.Table:
     return pa.table(
         {
-            "sample_id": pa.array([r.sample_id for r in rows], pa.string()),
+            "sample_id": pa.array([_text(r.sample_id) for r in rows], pa.string()),
             "view": pa.array([r.view for r in rows], pa.int32()),
-            "source": pa.array([r.source for r in rows], pa.string()),
+            "source": pa.array([_text(redacted(r.source)) for r in rows], pa.string()),
         }
     )
+
+
+def _text(name: str) -> str:
+    """File names need not be Unicode, Parquet's strings must."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _json(record: Any) -> bytes:
+    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _parquet(table: pa.Table) -> bytes:

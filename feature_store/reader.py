@@ -1,116 +1,328 @@
-"""Read samples of a sealed store at the speed of the disk: shard indexes in memory, one range per sample, checked."""
+"""Read samples of a sealed store at the speed of the disk or network: neighbours at once, checked, in parallel."""
 
+import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import fsspec
-import google_crc32c
 import numpy as np
-import zarr
 
-from feature_store import files, layout, manifest
+from feature_store import layout, manifest, packing
+from feature_store.cache import CacheSettings, SampleCache
 from feature_store.errors import StoreError
+from feature_store.files import Bytes, absolute, local_path, open_folder
 from feature_store.schema import Fingerprint
+from feature_store.writer import read_array
 
-READ_THREADS = 8
+LOCAL_THREADS, REMOTE_THREADS = 4, 16
+RUN_BYTES = 8 << 20  # the longest range asked for at once, so that a long read is spread over the threads
+CRC_BLOCK = 512 << 10  # small enough to be still in the core's own cache when it is checked
+MAPS_KEPT = 256
 
 
 class FeatureStore:
     """A sealed store, opened for reading.
 
     `expect` names fields of the fingerprint and the values they must have; a mismatch raises StoreError with both
-    sides. So does a store that is absent or not sealed. An opened store pickles as its URL and opens anew on arrival.
+    sides. So does a store that is absent, damaged or not sealed. `verify` checks each sample's crc32c as it is read.
+    `cache` keeps samples of a remote store on a local disk.
+
+    An opened store pickles as its arguments and opens anew on arrival. After a fork a local store goes on working; a
+    remote one raises StoreError, as its connections cannot be carried over.
     """
 
-    def __init__(self, url: str, expect: dict[str, Any] | None = None, verify: bool = True):
-        self.url = files.absolute(url)
-        self.expect, self.verify = dict(expect or {}), verify
-        try:
-            array = zarr.open_array(store=self.url, mode="r")
-        except (FileNotFoundError, KeyError, ValueError) as error:
-            raise StoreError(f"{self.url}: expected a feature store, found none; extract it first") from error
-        if "fingerprint" not in array.attrs:
-            raise StoreError(f"{self.url}: expected a feature store, got a Zarr array without a fingerprint")
-        self.fingerprint = Fingerprint.of_record(dict(array.attrs))
+    def __init__(
+        self,
+        url: str,
+        expect: dict[str, Any] | None = None,
+        verify: bool = True,
+        cache: CacheSettings | None = None,
+    ):
+        self.url = absolute(url)
+        self.expect, self.verify, self.cache_settings = dict(expect or {}), verify, cache
+        self.folder = open_folder(self.url)
+        seal, array, table = self._open()
+        self.fingerprint = Fingerprint.of_record(array["attributes"])
         differing = self.fingerprint.differences(self.expect)
         if differing:
             raise StoreError(
                 f"{self.url}: the store was made otherwise ({'; '.join(differing)}); extract it anew elsewhere"
             )
-        try:
-            table = manifest.read_table(files.read_bytes(self.url, layout.MANIFEST))
-        except FileNotFoundError:
-            raise StoreError(f"{self.url}: the store is not sealed; run its extraction again to finish it") from None
         self.samples = manifest.rows_of(table)
         self.sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         self.checksums: list[int] = table["checksum"].to_pylist()
-        self.shape: tuple[int, ...] = array.shape[1:]
-        self.dtype = np.dtype(self.fingerprint.dtype)
+        reasons = zip(self.samples, table["quarantine"].to_pylist(), strict=True)
+        self.quarantined: dict[tuple[str, int], str] = {
+            (sample.sample_id, sample.view): reason for sample, reason in reasons if reason is not None
+        }
+        self.stored_shape: tuple[int, ...] = tuple(array["shape"][1:])
+        self.stored_dtype = np.dtype(self.fingerprint.dtype)
+        packed = self.stored_dtype == np.int8
+        self.shape = (*self.stored_shape[:-1], self.fingerprint.channels)
+        self.dtype = np.dtype(np.float16) if packed else self.stored_dtype
+        self.sample_bytes = int(np.prod(self.stored_shape)) * self.stored_dtype.itemsize
         self._row = {(sample.sample_id, sample.view): i for i, sample in enumerate(self.samples)}
         self._index: dict[int, np.ndarray] = {}
-        self._local = files.local_path(self.url)
-        self._pool = ThreadPoolExecutor(READ_THREADS)
+        self._maps: dict[int, mmap.mmap] = {}
+        self._path = local_path(self.url)
+        self._threads = REMOTE_THREADS if self._path is None else LOCAL_THREADS
+        self._start_pool()
+        self._cache = SampleCache(cache, self.url, seal) if cache is not None and self._path is None else None
 
     def __reduce__(self):
-        return FeatureStore, (self.url, self.expect, self.verify)
+        return FeatureStore, (self.url, self.expect, self.verify, self.cache_settings)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def rows(self, sample_ids: Sequence[str], views: Sequence[int]) -> list[int]:
-        """Row numbers of samples. Raises StoreError naming the first that the store lacks."""
+    def row_numbers(self, sample_ids: Sequence[str], views: Sequence[int]) -> list[int]:
+        """Row numbers of samples. Raises StoreError naming the first that the store lacks or has in quarantine."""
         try:
-            return [self._row[key] for key in zip(sample_ids, views, strict=True)]
+            rows = [self._row[key] for key in zip(sample_ids, views, strict=True)]
         except KeyError as error:
             sample_id, view = error.args[0]
             raise StoreError(
                 f"{self.url}: no sample {sample_id!r} view {view} among {len(self)}; "
                 "extract with that image and --num-views above it"
             ) from None
+        for key in zip(sample_ids, views, strict=True) if self.quarantined else ():
+            if key in self.quarantined:
+                raise StoreError(f"{self.url}: sample {key[0]!r} has no features: {self.quarantined[key]}")
+        return rows
 
-    def read(self, rows: Sequence[int]) -> np.ndarray:
-        """Samples in the order asked for, shape (rows, grid, grid, channels). Raises StoreError on damage."""
-        wanted = sorted(set(rows))
-        samples = dict(zip(wanted, self._pool.map(self._sample, wanted), strict=True))
-        return np.stack([samples[row] for row in rows]) if len(rows) else np.empty((0, *self.shape), self.dtype)
+    def rows(self, sample_ids: Sequence[str], views: Sequence[int], **how: Any) -> np.ndarray:
+        """Features of samples by their ids and views; `how` as in `read`."""
+        return self.read(self.row_numbers(sample_ids, views), **how)
 
-    def _sample(self, row: int) -> np.ndarray:
+    def read(
+        self, rows: Sequence[int], out: np.ndarray | None = None, dtype: np.typing.DTypeLike | None = None
+    ) -> np.ndarray:
+        """Samples in the order asked for, shape (rows, grid, grid, channels). Raises StoreError on damage.
+
+        `out` is a C-contiguous buffer to fill instead of a new array (page-locked memory, say); its dtype counts.
+        Else `dtype`: float16 or float32; by default the stored one, float16 for int8. Without conversion a local store
+        reads straight into the result.
+        """
+        shape = (len(rows), *self.shape)
+        if out is None:
+            out = np.empty(shape, self.dtype if dtype is None else dtype)
+        elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+            raise StoreError(
+                f"{self.url}: expected a writable C-contiguous buffer of shape {shape} to read into, got {out.shape}"
+            )
+        first: dict[int, int] = {}
+        for position, row in enumerate(rows):
+            if not 0 <= row < len(self):
+                raise StoreError(f"{self.url}: no row {row}; the store has {len(self)}")
+            first.setdefault(int(row), position)
+        wanted = sorted(first)
+        groups = self._groups(wanted)
+        targets = [[out[first[row]] for row in group] for group in groups]
+        if len(groups) == 1:
+            self._read_group(groups[0], targets[0])
+        else:
+            list(self._workers().map(self._read_group, groups, targets))
+        for position, row in enumerate(rows):
+            if first[int(row)] != position:
+                out[position] = out[first[int(row)]]
+        return out
+
+    def view(self, row: int) -> np.ndarray:
+        """One sample without a copy: read-only, mapped from the file, checked. Local stores that need no unpacking."""
+        if self._path is None or self.dtype != self.stored_dtype:
+            raise StoreError(f"{self.url}: only local stores of float features can be mapped; use read()")
         if not 0 <= row < len(self):
             raise StoreError(f"{self.url}: no row {row}; the store has {len(self)}")
+        shard = row // layout.ROWS_PER_SHARD
+        offset, _ = self._span(row)
+        if shard not in self._maps:
+            if len(self._maps) >= MAPS_KEPT:
+                self._maps.pop(next(iter(self._maps)))  # stays mapped while a view of it lives
+            with open(os.path.join(self._path, layout.shard_key(shard)), "rb") as file:
+                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = memoryview(self._maps[shard])
+        end = offset + self.sample_bytes
+        self._check(row, mapped[offset:end], bytes(mapped[end : end + layout.CRC_BYTES]))
+        return np.frombuffer(mapped, self.dtype, int(np.prod(self.shape)), offset).reshape(self.shape)
+
+    def warm(self, shard: int) -> int:
+        """Bring a whole shard into the cache by one request. Returns the samples that were taken in."""
+        if self._cache is None:
+            raise StoreError(f"{self.url}: expected a remote store opened with a cache, got one without")
+        rows = [r for r in layout.shard_rows(shard, len(self)) if not self._cache.has(r)]
+        if not rows:
+            return 0
+        try:
+            whole = memoryview(self.folder.read(layout.shard_key(shard)))
+        except FileNotFoundError:
+            raise self._missing(shard) from None
+        taken = 0
+        for row in rows:
+            offset, length = self._span(row)
+            chunk = whole[offset : offset + length]
+            self._check(row, chunk[: -layout.CRC_BYTES], bytes(chunk[-layout.CRC_BYTES :]))
+            taken += self._cache.put(row, chunk)
+        return taken
+
+    def _open(self) -> tuple[bytes, dict[str, Any], Any]:
+        """Seal, array's record and manifest's table, each checked."""
+        try:
+            seal = bytes(self.folder.read(layout.SEAL))
+            files = manifest.read_sealed(self.folder, (layout.ARRAY, layout.MANIFEST))
+        except FileNotFoundError:
+            try:
+                read_array(self.url, self.folder.read(layout.ARRAY))
+            except FileNotFoundError:
+                raise StoreError(f"{self.url}: expected a feature store, found none; extract it first") from None
+            raise StoreError(f"{self.url}: the store is not sealed; run its extraction again to finish it") from None
+        return seal, read_array(self.url, files[layout.ARRAY]), manifest.read_table(files[layout.MANIFEST])
+
+    def _start_pool(self) -> None:
+        self._pid = os.getpid()
+        self._pool = ThreadPoolExecutor(self._threads)
+
+    def _workers(self) -> ThreadPoolExecutor:
+        """The threads; those of a forked process stayed behind, so it starts its own."""
+        if self._pid != os.getpid():
+            self._start_pool()
+        return self._pool
+
+    def _groups(self, rows: list[int]) -> list[list[int]]:
+        """Sorted rows as ranges to read at once: neighbours in one shard, or for a cache single samples."""
+        if self._cache is not None:
+            return [[row] for row in rows]
+        by_shard: dict[int, list[int]] = {}
+        for row in rows:
+            by_shard.setdefault(row // layout.ROWS_PER_SHARD, []).append(row)
+        unknown = [shard for shard in by_shard if shard not in self._index]
+        if len(unknown) > 1:
+            list(self._workers().map(self._shard_index, unknown))
+        groups = []
+        for members in by_shard.values():
+            spans = [self._span(row) for row in members]
+            groups += [[members[i] for i in run] for run in layout.runs(spans, RUN_BYTES)]
+        return groups
+
+    def _read_group(self, rows: list[int], targets: list[np.ndarray]) -> None:
+        """Fill one target for each of neighbouring rows."""
+        if all(target.dtype == self.stored_dtype and self.shape == self.stored_shape for target in targets):
+            stored = targets
+        else:
+            stored = list(np.empty((len(rows), *self.stored_shape), self.stored_dtype))
+        buffers = [memoryview(sample.reshape(-1).view(np.uint8).data) for sample in stored]
+        if self._path is not None:
+            self._fill_local(rows, buffers)
+        elif self._cache is not None:
+            self._fill_cached(rows[0], buffers[0])
+        else:
+            self._fill_remote(rows, buffers)
+        for target, sample in zip(targets, stored, strict=True):
+            if target is sample:
+                continue
+            if self.shape == self.stored_shape:
+                target[...] = sample
+            else:
+                packing.unpack(sample, target)
+
+    def _fill_local(self, rows: list[int], buffers: list[memoryview]) -> None:
+        """One open, then each sample block by block, so that its crc32c is computed while it is in the core's cache."""
+        assert self._path is not None
+        shard = rows[0] // layout.ROWS_PER_SHARD
+        try:
+            file = os.open(os.path.join(self._path, layout.shard_key(shard)), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self._missing(shard) from None
+        try:
+            for row, buffer in zip(rows, buffers, strict=True):
+                offset, _ = self._span(row)
+                crc, got, stored_crc = 0, 0, bytearray(layout.CRC_BYTES)
+                for start in range(0, len(buffer), CRC_BLOCK):
+                    block = buffer[start : start + CRC_BLOCK]
+                    last = start + len(block) == len(buffer)
+                    got += os.preadv(file, [block, stored_crc] if last else [block], offset + start)
+                    if self.verify:
+                        crc = layout.crc32c(block, crc)
+                if got != len(buffer) + layout.CRC_BYTES or (
+                    self.verify and crc != int.from_bytes(stored_crc, "little")
+                ):
+                    raise self._damaged(row)
+        finally:
+            os.close(file)
+
+    def _fill_remote(self, rows: list[int], buffers: list[memoryview]) -> None:
+        """One request; a sample whose crc32c is wrong is asked for once more, as the wire may be at fault."""
+        spans = [self._span(row) for row in rows]
+        start = spans[0][0]
+        chunk = memoryview(self._bytes(rows[0], start, sum(length for _, length in spans)))
+        for row, buffer, (offset, length) in zip(rows, buffers, spans, strict=True):
+            part = chunk[offset - start : offset - start + length]
+            if not self._whole(part):
+                part = memoryview(self._bytes(row, offset, length))
+                if not self._whole(part):
+                    raise self._damaged(row)
+            buffer[:] = part[: -layout.CRC_BYTES]
+
+    def _fill_cached(self, row: int, buffer: memoryview) -> None:
+        """From the cache, else from the store into both."""
+        assert self._cache is not None
+        crc = self._cache.read_into(row, buffer)
+        if crc is not None and (not self.verify or layout.crc_bytes(buffer) == crc):
+            return
+        if self._cache.has(row):
+            self._cache.drop(row)
+        self._fill_remote([row], [buffer])
+        self._cache.put(row, b"".join([buffer, layout.crc_bytes(buffer)]))
+
+    def _whole(self, chunk: memoryview) -> bool:
+        """Whether a sample with its crc32c has its length and, if that is asked for, its checksum."""
+        if len(chunk) != self.sample_bytes + layout.CRC_BYTES:
+            return False
+        body, crc = chunk[: -layout.CRC_BYTES], chunk[-layout.CRC_BYTES :]
+        return not self.verify or layout.crc_bytes(body) == bytes(crc)
+
+    def _check(self, row: int, body: memoryview, crc: bytes) -> None:
+        if len(body) != self.sample_bytes or (self.verify and layout.crc_bytes(body) != crc):
+            raise self._damaged(row)
+
+    def _span(self, row: int) -> tuple[int, int]:
+        """Offset and length in its shard of a sample with its crc32c."""
         shard, slot = divmod(row, layout.ROWS_PER_SHARD)
         offset, length = (int(v) for v in self._shard_index(shard)[slot])
-        expected = int(np.prod(self.shape)) * self.dtype.itemsize
-        if offset == layout.MISSING or length != expected + layout.CRC_BYTES:
-            raise StoreError(f"{self.url}: shard {shard} holds no sample {slot}; the store is damaged, extract it anew")
-        raw = self._range(shard, offset, length)
-        body = raw[:expected]
-        if self.verify and google_crc32c.value(body) != int.from_bytes(raw[expected:], "little"):
-            raise StoreError(
-                f"{self.url}: shard {shard}, sample {slot} ({self.samples[row].sample_id}): its checksum is wrong; "
-                "the file is damaged, delete the store and extract it anew"
-            )
-        return np.frombuffer(body, self.dtype).reshape(self.shape)
+        if offset == layout.MISSING or length != self.sample_bytes + layout.CRC_BYTES:
+            raise self._damaged(row)
+        return offset, length
 
     def _shard_index(self, shard: int) -> np.ndarray:
+        """A shard's index, from memory once it has been read."""
         if shard not in self._index:
-            raw = self._range(shard, -layout.index_bytes(), layout.index_bytes())
-            body, crc = raw[: -layout.CRC_BYTES], raw[-layout.CRC_BYTES :]
-            if google_crc32c.value(body) != int.from_bytes(crc, "little"):
-                raise StoreError(f"{self.url}: shard {shard} has a damaged index (truncated?); extract the store anew")
-            self._index[shard] = np.frombuffer(body, "<u8").reshape(layout.ROWS_PER_SHARD, 2)
+            for _ in range(1 if self._path is not None else 2):  # the wire may be at fault
+                raw = self._bytes(shard * layout.ROWS_PER_SHARD, -layout.INDEX_BYTES, layout.INDEX_BYTES)
+                index = layout.read_index(raw)
+                if index is not None:
+                    break
+            else:
+                raise StoreError(f"{self.url}: shard {shard} has a damaged index (truncated?); {self._cure()}")
+            self._index[shard] = index
         return self._index[shard]
 
-    def _range(self, shard: int, offset: int, length: int) -> bytes:
-        """Bytes of a shard; a negative offset counts from its end."""
-        key = layout.shard_key(shard)
+    def _bytes(self, row: int, offset: int, length: int) -> Bytes:
+        """Bytes of a row's shard; a negative offset counts from its end."""
+        shard = row // layout.ROWS_PER_SHARD
         try:
-            if self._local is None:
-                fs, root = fsspec.url_to_fs(self.url)
-                return fs.cat_file(f"{root}/{key}", start=offset, end=None if offset < 0 else offset + length)
-            with open(os.path.join(self._local, key), "rb", buffering=0) as file:
-                start = offset if offset >= 0 else max(os.fstat(file.fileno()).st_size + offset, 0)
-                return os.pread(file.fileno(), length, start)
+            return self.folder.span(layout.shard_key(shard), offset, length)
         except FileNotFoundError:
-            raise StoreError(f"{self.url}: shard {shard} is missing; the store is damaged, extract it anew") from None
+            raise self._missing(shard) from None
+
+    def _missing(self, shard: int) -> StoreError:
+        return StoreError(f"{self.url}: shard {shard} is missing; {self._cure()}")
+
+    def _damaged(self, row: int) -> StoreError:
+        shard, slot = divmod(row, layout.ROWS_PER_SHARD)
+        return StoreError(
+            f"{self.url}: shard {shard}, sample {slot} ({self.samples[row].sample_id}): its checksum is wrong; "
+            f"{self._cure()}"
+        )
+
+    def _cure(self) -> str:
+        return f"the store is damaged: run `python -m feature_store repair {self.url}`, then its extraction"

@@ -1,10 +1,13 @@
 """What a store says of itself: the fingerprint of what made it, and its rows."""
 
+import hashlib
 import importlib.metadata
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Fingerprint:
     weights: str
     """Digest of the weights, not their file's name."""
     layers: str
+    """Which layers, and whether their norm is applied."""
     res_px: int
     grid: int
     channels: int
@@ -26,7 +30,7 @@ class Fingerprint:
     precision: str = "fp32"
     """Of the forward pass."""
     dtype: str = "float16"
-    """As stored."""
+    """As stored: float16, float32, or int8 (packed, see packing.py)."""
     format_version: int = FORMAT_VERSION
 
     def record(self) -> dict[str, Any]:
@@ -52,6 +56,12 @@ class Row(NamedTuple):
     sample_id: str
     view: int
     source: str
+
+
+def making(fingerprint: Fingerprint, rows: Sequence[Row]) -> str:
+    """Eight hex digits of a fingerprint and its rows: markers carry them, so those of another making never count."""
+    text = json.dumps([asdict(fingerprint), [row[:2] for row in rows]], sort_keys=True)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 def _version(name: str) -> str:

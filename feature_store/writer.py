@@ -1,20 +1,22 @@
 """Create a store, fill it shard by shard from any number of processes, and seal it.
 
 One shard is written whole by one process, then its marker. A shard without a marker was never finished: extraction
-writes it again. Sealing checks every marker and writes the manifest last, so its presence means the store is whole.
+writes it again. Sealing checks every marker and writes manifest and seal last, so the seal means the store is whole.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import google_crc32c
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
 
-from feature_store import files, layout, manifest
+from feature_store import layout, manifest, packing
 from feature_store.errors import StoreError
-from feature_store.schema import Fingerprint, Row
+from feature_store.files import absolute, open_folder
+from feature_store.schema import Fingerprint, Row, making
+
+IO_THREADS = 16
 
 
 def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWriter":
@@ -22,96 +24,215 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWri
 
     Raises StoreError if a store of another fingerprint or of other rows is in the way, or the URL is of no known kind.
     """
-    url = files.absolute(url)
+    url = absolute(url)
     if not rows:
         raise StoreError(f"{url}: expected at least one row to store, got none")
-    try:
-        created = files.exists(url, "zarr.json")
-    except (ValueError, ImportError) as error:  # fsspec's words for an unknown scheme or a missing driver
-        raise StoreError(f"{url}: expected a path or an fsspec URL, got: {error}; check --store") from None
-    if created:
-        writer = ShardWriter(url)
-        differing = writer.fingerprint.differences(fingerprint.record()["fingerprint"])
+    if len({row[:2] for row in rows}) != len(rows):
+        raise StoreError(f"{url}: expected every sample and view once, got some of them twice")
+    folder = open_folder(url)
+    there = set(folder.names(""))
+    if layout.ARRAY in there:
+        made_of = Fingerprint.of_record(read_array(url, folder.read(layout.ARRAY))["attributes"])
+        differing = made_of.differences(fingerprint.record()["fingerprint"])
         if differing:
             raise StoreError(f"{url}: another store is in the way ({'; '.join(differing)}); choose another --store")
-        if [row[:2] for row in rows] != [row[:2] for row in writer.rows]:  # the data set may lie elsewhere by now
+    if layout.PLAN in there:
+        planned = manifest.rows_of(_read_plan(url, folder.read(layout.PLAN)))
+        if making(fingerprint, rows) != making(fingerprint, planned):  # sources may differ: the data lie elsewhere now
             raise StoreError(
-                f"{url}: a store of other images is in the way (expected {len(rows)} rows, got {len(writer.rows)}, "
+                f"{url}: a store of other images is in the way (expected {len(rows)} rows, got {len(planned)}, "
                 "or in another order); choose another --store"
             )
-        return writer
-    shape = (fingerprint.grid, fingerprint.grid, fingerprint.channels)
-    files.write_bytes(url, layout.PLAN, manifest.plan_bytes(rows))  # before zarr.json, whose presence means "created"
-    zarr.create_array(
-        store=url,
-        shape=(len(rows), *shape),
-        chunks=(1, *shape),
-        shards=(layout.ROWS_PER_SHARD, *shape),
-        dtype=fingerprint.dtype,
-        compressors=[Crc32cCodec()],
-        fill_value=np.nan,
-        attributes=fingerprint.record(),
-    )
+    else:
+        folder.write(layout.PLAN, [manifest.plan_bytes(rows)])
+    array = _array_bytes(fingerprint, len(rows))
+    if layout.ARRAY not in there:  # after the plan: its presence means "created"
+        folder.write(layout.ARRAY, [array])
+    elif _without_versions(folder.read(layout.ARRAY)) != _without_versions(array):
+        raise StoreError(manifest.damaged(url, layout.ARRAY))
     return ShardWriter(url)
 
 
 class ShardWriter:
-    """Writes to a created store; cheap to make, so every process opens its own."""
+    """Writes to a created store; cheap to make, so every process opens its own.
+
+    `shape` is the array's, with int8's scales; `fingerprint.channels` are the features'.
+    """
 
     def __init__(self, url: str):
-        self.url = files.absolute(url)
-        self.array = zarr.open_array(store=self.url, mode="r+")
-        self.fingerprint = Fingerprint.of_record(dict(self.array.attrs))
-        self.rows = manifest.rows_of(manifest.read_table(files.read_bytes(self.url, layout.PLAN)))
+        self.url = absolute(url)
+        self.folder = open_folder(self.url)
+        try:
+            array, plan = self.folder.read(layout.ARRAY), self.folder.read(layout.PLAN)
+        except FileNotFoundError:
+            raise StoreError(f"{self.url}: expected a feature store, found none; extract it first") from None
+        record = read_array(self.url, array)
+        self.shape: tuple[int, ...] = tuple(record["shape"])
+        self.fingerprint = Fingerprint.of_record(record["attributes"])
+        self.rows = manifest.rows_of(_read_plan(self.url, plan))
+        self.making = making(self.fingerprint, self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return int(np.prod(self.shape)) * np.dtype(self.fingerprint.dtype).itemsize
 
     def missing(self) -> list[int]:
-        """Shards without a marker: the work that is left."""
-        done = set(files.names(self.url, "markers"))
+        """Shards without a marker of this making: the work that is left."""
+        done = set(self.folder.names("markers"))
         shards = range(layout.num_shards(len(self.rows)))
-        return [s for s in shards if layout.marker_key(s).removeprefix("markers/") not in done]
+        return [s for s in shards if layout.marker_key(s, self.making).removeprefix("markers/") not in done]
 
-    def has(self, shard: int) -> bool:
-        """Whether the shard is finished."""
-        return files.exists(self.url, layout.marker_key(shard))
+    def markers(self, shards: Sequence[int]) -> dict[int, manifest.Marker | None]:
+        """Markers of shards; None for a damaged one. Raises FileNotFoundError for one that is not there."""
 
-    def write(self, shard: int, features: np.ndarray, sizes: Sequence[tuple[int, int]]) -> int:
+        def marker(shard: int) -> manifest.Marker | None:
+            found = manifest.read_marker(self.folder.read(layout.marker_key(shard, self.making)))
+            rows = len(layout.shard_rows(shard, len(self.rows)))
+            return found if found and len(found.width) == rows else None
+
+        with ThreadPoolExecutor(IO_THREADS) as pool:
+            return dict(zip(shards, pool.map(marker, shards), strict=True))
+
+    def forget(self, shard: int) -> None:
+        """Make a shard missing again."""
+        self.folder.delete(layout.marker_key(shard, self.making))
+
+    def write(
+        self,
+        shard: int,
+        features: np.ndarray,
+        sizes: Sequence[tuple[int, int]],
+        quarantine: Mapping[int, str] | None = None,
+    ) -> int:
         """Write a whole shard, features of shape (rows, grid, grid, channels), then its marker. Returns the bytes.
 
-        `sizes` are the original images' (width, height). Writing a shard again gives the same bytes.
-        Raises StoreError if the shape is wrong or a value is not finite in the stored dtype.
+        `sizes` are the original images' (width, height). `quarantine` maps the position of an image that could not be
+        used to the reason; whatever `features` hold for it, NaN is stored (int8: zeros). Writing a shard again gives
+        the same bytes. Raises StoreError if the shape is wrong or a value is not finite in the stored dtype.
         """
+        quarantine = dict(quarantine or {})
         rows = layout.shard_rows(shard, len(self.rows))
-        expected = (len(rows), *self.array.shape[1:])
+        expected = (len(rows), *self.shape[1:-1], self.fingerprint.channels)
         if features.shape != expected or len(sizes) != len(rows):
             raise StoreError(f"{self.url}: shard {shard}: expected features of shape {expected}, got {features.shape}")
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(features, dtype=self.array.dtype)
-        bad = [self.rows[r].source for r, ok in zip(rows, np.isfinite(stored).all((1, 2, 3)), strict=True) if not ok]
-        if bad:
-            raise StoreError(
-                f"{self.url}: shard {shard}: features of {bad[0]} are not finite in {stored.dtype}; "
-                "extract with --precision fp32, and look at the image"
-            )
-        self.array[rows.start : rows.stop] = stored
-        marker = {
-            "shard": shard,
-            "first_row": rows.start,
-            "width": [w for w, _ in sizes],
-            "height": [h for _, h in sizes],
-            "checksum": [google_crc32c.value(sample.tobytes()) for sample in stored],
-        }
-        files.write_bytes(self.url, layout.marker_key(shard), json.dumps(marker).encode())
+        stored = np.stack([self._stored(rows[i], sample, i in quarantine) for i, sample in enumerate(features)])
+        samples = [memoryview(sample.reshape(-1).view(np.uint8)) for sample in stored]
+        self.folder.write(layout.shard_key(shard), layout.shard_parts(samples))
+        marker = manifest.Marker(
+            width=[int(w) for w, _ in sizes],
+            height=[int(h) for _, h in sizes],
+            checksum=[layout.crc32c(sample) for sample in samples],
+            quarantine=quarantine,
+        )
+        self.folder.write(layout.marker_key(shard, self.making), [manifest.marker_bytes(shard, marker)])
         return stored.nbytes
 
-    def seal(self) -> None:
-        """Write the manifest once all shards are there. Raises StoreError naming what is missing."""
-        if files.exists(self.url, layout.MANIFEST):
-            return
+    def _stored(self, row: int, sample: np.ndarray, quarantined: bool) -> np.ndarray:
+        """One sample as the array holds it."""
+        packed = self.fingerprint.dtype == "int8"
+        if quarantined:
+            return (
+                np.zeros(self.shape[1:], np.int8) if packed else np.full(self.shape[1:], np.nan, self.fingerprint.dtype)
+            )
+        finite = bool(np.isfinite(sample).all())
+        if finite and packed:
+            try:
+                return packing.pack(sample)
+            except OverflowError:
+                finite = False
+        with np.errstate(over="ignore"):
+            stored = sample.astype(self.fingerprint.dtype)
+        if not finite or not np.isfinite(stored).all():
+            raise StoreError(
+                f"{self.url}: shard {row // layout.ROWS_PER_SHARD}: features of {self.rows[row].source} are not finite "
+                f"in {stored.dtype}; extract with --precision fp32 or --dtype float32, and look at the image"
+            )
+        return stored
+
+    def unseal(self) -> None:
+        """Take back seal and manifest, before anything is written again."""
+        self.folder.delete(layout.SEAL)
+        self.folder.delete(layout.MANIFEST)
+
+    def sealed(self) -> bool:
+        """Whether there is a seal."""
+        return layout.SEAL in self.folder.names("")
+
+    def seal(self) -> dict[int, str]:
+        """Write manifest and seal once all shards are there. Returns quarantined rows and why.
+
+        Raises StoreError naming what is missing or damaged.
+        """
         missing = self.missing()
         total = layout.num_shards(len(self.rows))
         if missing:
             raise StoreError(
                 f"{self.url}: {len(missing)} of {total} shards missing (first: {missing[0]}); run the extraction again"
             )
-        markers = [json.loads(files.read_bytes(self.url, layout.marker_key(s))) for s in range(total)]
-        files.write_bytes(self.url, layout.MANIFEST, manifest.manifest_bytes(self.rows, markers))
+        markers = []
+        for shard, marker in self.markers(range(total)).items():
+            if marker is None:
+                raise StoreError(manifest.damaged(self.url, layout.marker_key(shard, self.making)))
+            markers.append(marker)
+        if not self.sealed():
+            table = manifest.manifest_bytes(self.rows, markers)
+            self.folder.write(layout.MANIFEST, [table])
+            kept = {name: self.folder.read(name) for name in (layout.ARRAY, layout.PLAN)}
+            self.folder.write(layout.SEAL, [manifest.seal_bytes({**kept, layout.MANIFEST: table})])
+        return {
+            shard * layout.ROWS_PER_SHARD + slot: reason
+            for shard, marker in enumerate(markers)
+            for slot, reason in marker.quarantine.items()
+        }
+
+
+def read_array(url: str, data: Any) -> dict[str, Any]:
+    """The array's zarr.json. Raises StoreError if it is damaged or not of a feature store of this format."""
+    try:
+        record = json.loads(bytes(data))
+        made_of = record["attributes"]["fingerprint"]
+    except ValueError:
+        raise StoreError(manifest.damaged(url, layout.ARRAY)) from None
+    except (KeyError, TypeError):
+        raise StoreError(f"{url}: expected a feature store, got a Zarr array without a fingerprint") from None
+    if made_of.get("format_version") != Fingerprint.format_version:
+        raise StoreError(
+            f"{url}: expected a store of format {Fingerprint.format_version}, got {made_of.get('format_version')}; "
+            "extract it anew elsewhere"
+        )
+    return record
+
+
+def _read_plan(url: str, data: Any) -> Any:
+    try:
+        return manifest.read_table(data)
+    except (OSError, ValueError) as error:  # what pyarrow makes of damaged Parquet
+        raise StoreError(f"{manifest.damaged(url, layout.PLAN)} ({str(error).splitlines()[0]})") from None
+
+
+def _without_versions(data: Any) -> dict[str, Any]:
+    record = json.loads(bytes(data))
+    record["attributes"].pop("versions", None)
+    return record
+
+
+def _array_bytes(fingerprint: Fingerprint, num_rows: int) -> bytes:
+    """zarr.json as zarr-python writes it."""
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
+    channels = packing.stored_channels(fingerprint.channels, fingerprint.dtype)
+    shape = (fingerprint.grid, fingerprint.grid, channels)
+    held: dict[str, Any] = {}
+    zarr.create_array(
+        store=zarr.storage.MemoryStore(held),
+        shape=(num_rows, *shape),
+        chunks=(1, *shape),
+        shards=(layout.ROWS_PER_SHARD, *shape),
+        dtype=fingerprint.dtype,
+        compressors=[Crc32cCodec()],
+        fill_value=0 if fingerprint.dtype == "int8" else np.nan,
+        attributes=fingerprint.record(),
+    )
+    return held[layout.ARRAY].to_bytes()

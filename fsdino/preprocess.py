@@ -1,29 +1,46 @@
 """From files to square tensors and back: the only place where pixels are decoded or resized."""
 
+import errno
+import io
+import struct
 from pathlib import Path
+from typing import IO
 
+import fsspec
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from upath import UPath
 
 from fsdino.errors import UserError
 
+Source = str | Path | UPath
+"""A path of this machine, or any fsspec URL."""
 PREPROCESSING = "v1: EXIF-transposed, views v1, square bilinear antialiased, x/255, the model's mean and std"
 """Of every stored feature; change its version with anything here or in data/views.py that changes a pixel."""
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The photograph at `path` as RGB, turned as its EXIF says (as cv2.imread, which the benchmarks use, does).
+def read_image(path: Source) -> Image.Image:
+    """The photograph at a path or fsspec URL as RGB, turned as its EXIF says (as cv2.imread, which most of the
+    benchmarks' readers use, does). Of an animation the first frame; 16-bit grey loses its lower byte; alpha is dropped.
 
-    Raises UserError if the file is missing or is no readable image.
+    Raises UserError if the file is missing or is no readable image; OSError if the place it lies on fails.
     """
-    image = _open(path)
-    return ImageOps.exif_transpose(image).convert("RGB")
+    image = ImageOps.exif_transpose(_open(path))
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{path}: expected 8 or 16 bits for a channel, got 32; convert it to JPEG or PNG")
+        wide = image.mode != "I" or values.max() > 255
+        return Image.fromarray((values >> 8 if wide else values).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UserError(f"{path}: expected 8 or 16 bits for a channel, got floats; convert it to JPEG or PNG")
+    return image.convert("RGB")
 
 
-def read_label(path: str | Path) -> UInt8[np.ndarray, "h w"]:
+def read_label(path: Source) -> UInt8[np.ndarray, "h w"]:
     """A label PNG as class numbers; a palette image gives its indices. 255 is void.
 
     Raises UserError if the file is missing, unreadable, or has colour channels.
@@ -34,7 +51,7 @@ def read_label(path: str | Path) -> UInt8[np.ndarray, "h w"]:
     return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
 
 
-def read_mask(path: str | Path, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
+def read_mask(path: Source, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
     """A support mask: every non-zero pixel is the object. `size` is the photograph's (width, height).
 
     Raises UserError if its size differs from the photograph's, or if no pixel is set.
@@ -68,12 +85,37 @@ def to_input(
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _open(path: str | Path) -> Image.Image:
+def _open(path: Source) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
+        with _file(path) as file:
+            data = file.read()
     except FileNotFoundError:
         raise UserError(f"{path}: expected an image file, found nothing there; check the path") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: expected a readable image, got: {error}; convert it to JPEG or PNG") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path}: expected a readable image, got: {error.strerror or error}; check the file") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: expected an image file, got a symbolic link to itself") from None
+        raise
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (
+        UnidentifiedImageError,
+        OSError,
+        Image.DecompressionBombError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+    ) as error:
+        reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UserError(f"{path}: expected a readable image, got: {reason}; convert it to JPEG or PNG") from None
     return image
+
+
+def _file(path: Source) -> IO[bytes]:
+    """A path of this machine or any fsspec URL, opened."""
+    if isinstance(path, str) and "://" in path:
+        return fsspec.open(path, "rb").open()
+    return Path(path).open("rb") if isinstance(path, str) else path.open("rb")

@@ -51,12 +51,15 @@ def job(settings: Settings) -> dict[str, Any]:
         view_seed=made_of.view_seed,
         preprocessing=made_of.preprocessing,
         precision=settings.extraction.precision,
+        dtype=settings.extraction.dtype,
     )
     destination = stages.store_url(settings.places.store, dataset.name, training.embedding_name(settings.model), res)
-    read = stages.ReadShard(early.url)
-    tracking_uri = settings.places.tracking_uri
     return stages.extract(
-        lambda: adapter, read, {destination: target}, early.samples, settings.extraction, tracking_uri
+        lambda: stages.Single(adapter, "embedding"),
+        stages.ReadStored(early.url),
+        [stages.Target(destination, target, early.samples)],
+        settings.extraction,
+        settings.places.tracking_uri,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import tyro
 
 from feature_store import files
-from feature_store.errors import StoreError
+from feature_store.errors import StoreError, StoreFault
 from fsdino.errors import UserError
 from pipelines.recipes import RECIPES
 
@@ -29,7 +29,8 @@ ENVIRONMENT = {
 def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[str] | None = None) -> None:
     """Parse the flags, do the job, print its result as one JSON line, and exit.
 
-    Exit codes: 0 done, 2 wrong usage or input (one line on stderr), 1 a fault (with its traceback).
+    Exit codes: 0 done, 2 wrong usage or input (one line on stderr), 1 a fault (a full disk or a dead object store in
+    one line, others with their traceback).
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -51,9 +52,9 @@ def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[
 
 
 def fail(error: BaseException) -> None:
-    """One line on stderr and exit code 2."""
+    """One line on stderr and exit code 2, or 1 if a place failed rather than the user."""
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(1 if isinstance(error, StoreFault) else 2)
 
 
 def parse(settings_type: type[S], argv: list[str]) -> S:

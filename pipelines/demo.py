@@ -119,12 +119,10 @@ def commands(settings: Settings, out: Path, tracking_uri: str) -> dict[str, tupl
     def command(name: str, *arguments: str) -> tuple[str, list[str]]:
         return name, list(arguments)
 
-    coarse = ["--res", str(COARSE_PX), "--num-views", "1", "--features", "early", "--splits", "train"]
     plan = {
         "generate images": command("generate_shapes", "--data", data, "--images", str(settings.images)),
         "teacher embeddings": command("extract_teacher", *common),
-        "coarse features": command("extract_features", *common, *coarse),
-        "features": command("extract_features", *common),
+        "features": command("extract_features", *common, "--coarse-res", str(COARSE_PX)),
         "distil": command("distill", *common, "--distill-res", str(COARSE_PX), str(RES_PX), "--distill-epochs", "3"),
         "bake embeddings": command("bake_embeddings", *common),
     }

@@ -52,7 +52,7 @@ def job(settings: Settings) -> dict[str, Any]:
     models = {(s.fingerprint.model, s.fingerprint.weights) for s in early}
     if len(models) > 1:
         raise UserError(f"the early stores are of different encoders {sorted(models)}; extract them with one")
-    held_out, trained = split(dataset.ids("train"), settings)
+    held_out, trained = split(usable(dataset, early, teacher), settings)
     if len(trained) < settings.distillation.distill_batch:
         raise UserError(
             f"{settings.places.data}: expected at least {settings.distillation.distill_batch} training images, "
@@ -94,7 +94,14 @@ def open_stores(settings: Settings, dataset: str) -> tuple[list[FeatureStore], F
         stages.open_store(places, dataset, "early", replace(encoding, res=res))
         for res in settings.distillation.distill_res
     ]
-    return early, FeatureStore(stages.store_url(places.store, dataset, "teacher", encoding.res), {"feature": "teacher"})
+    url = stages.store_url(places.store, dataset, "teacher", encoding.res)
+    return early, stages.open_at(places, url, {"feature": "teacher"})
+
+
+def usable(dataset: VocDataset, early: list[FeatureStore], teacher: FeatureStore) -> list[str]:
+    """Training images that have features in every store."""
+    without = stages.unusable(teacher, *early)
+    return [image_id for image_id in dataset.ids("train") if image_id not in without]
 
 
 def split(ids: list[str], settings: Settings) -> tuple[list[str], list[str]]:
@@ -129,7 +136,7 @@ class Distiller:
         self.config, self.settings, self.distillation = config, settings, settings.distillation
         self.device, self.rank, self.world = training.set_up(config)
         self.early, self.teacher = open_stores(settings, config["dataset"].name)
-        self.held_out, self.ids = split(config["dataset"].ids("train"), settings)
+        self.held_out, self.ids = split(usable(config["dataset"], self.early, self.teacher), settings)
         channels = (self.early[0].fingerprint.channels, self.teacher.fingerprint.channels)
         self.adapter = BottleneckAdapter(*channels).to(self.device)
         self.model = ray.train.torch.prepare_model(self.adapter)
@@ -184,7 +191,7 @@ class Distiller:
     def pairs(self, store: FeatureStore, chosen: list[str]) -> tuple[Tensor, Tensor]:
         """Early features and teacher embeddings of these images."""
         views = [0] * len(chosen)
-        both = (store.read(store.rows(chosen, views)), self.teacher.read(self.teacher.rows(chosen, views)))
+        both = (store.rows(chosen, views), self.teacher.rows(chosen, views))
         x, y = (torch.from_numpy(a).movedim(-1, 1).to(self.device, torch.float32) for a in both)
         return x, y
 

@@ -64,13 +64,6 @@ def job(settings: Settings) -> dict[str, Any]:
     """Check, run the episodes, score, log."""
     dataset, places = VocDataset(settings.places.data), settings.places
     model, variant = None, settings.method
-    sampler = EpisodeSampler(
-        dataset.test_images(settings.fold),
-        shots=settings.shots,
-        fold=settings.fold,
-        seed=settings.testing.test_seed,
-        training=False,
-    )
     late = stages.open_store(places, dataset.name, "late", settings.encoding)
     if settings.computing.gpu and not torch.cuda.is_available():
         raise UserError("--gpu: expected a CUDA device on this machine, found none; take --no-gpu")
@@ -82,6 +75,14 @@ def job(settings: Settings) -> dict[str, Any]:
         predict = trained(segmenter.to(device), training.autocast(settings.computing, device))
     else:
         predict = training_free(settings.method)
+    unusable = stages.unusable(late, embedding)
+    sampler = EpisodeSampler(
+        {i: classes for i, classes in dataset.test_images(settings.fold).items() if i not in unusable},
+        shots=settings.shots,
+        fold=settings.fold,
+        seed=settings.testing.test_seed,
+        training=False,
+    )
     loader = EpisodeLoader(dataset, late, embedding, settings.encoding.res)
     identity = training.identity_of(testing=settings.testing, model=model, encoding=settings.encoding)
     identity |= {"fold": settings.fold, "shots": settings.shots, "method": variant, "protocol": dataset.protocol}

@@ -1,7 +1,8 @@
-"""Early and late features of the frozen encoder, once: photographs in, two sealed stores out, one forward for both.
+"""Early and late features of the frozen encoder, once: photographs in, sealed stores out, one forward for both.
 
     python -m pipelines.extract_features --res 518
-    python -m pipelines.extract_features --res 252 --features early --splits train --num-views 1   # for distillation
+    python -m pipelines.extract_features --res 518 --coarse-res 126 252      # and what distillation reads, in one pass
+    python -m pipelines.extract_features --res 518 --images 's3://bucket/photos/**/*.jpg'
 
 Cost: VOC's 4,845 samples by the offline recipe took 9 minutes on two cores that other work shared, and 2.9 GB.
 """
@@ -12,8 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from feature_store import Fingerprint
-from fsdino.data.voc import VocDataset
+from feature_store import Fingerprint, Row
 from fsdino.encoder import Encoder, build_encoder
 from fsdino.preprocess import PREPROCESSING
 from pipelines import stages
@@ -33,48 +33,54 @@ class Settings:
     """Which features to keep."""
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
     """Which images; only those of train have augmented views."""
+    coarse_res: tuple[int, ...] = ()
+    """Further resolutions in the same pass, for distillation: early features of the training images as they are."""
+    images: str | None = None
+    """Photographs instead of the data set's: a folder, a glob in quotes, or either as an fsspec URL."""
 
 
-class Selected(nn.Module):
-    """The encoder, giving only the features that are kept."""
+class Wanted(nn.Module):
+    """The encoder, computing only the features that are wanted."""
 
-    def __init__(self, encoding: Encoding, features: Sequence[str]):
+    def __init__(self, encoding: Encoding):
         super().__init__()
         self.encoder: Encoder = build_encoder(encoding.encoder, encoding.encoder_weights)
-        self.mean, self.std, self.features = self.encoder.mean, self.encoder.std, features
+        self.mean, self.std = self.encoder.mean, self.encoder.std
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalised images to features, in the order of `features`."""
-        out = self.encoder(x)
-        return [getattr(out, name) for name in self.features]
+    def forward(self, x: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """Normalised images to the features of these names."""
+        if tuple(wanted) == ("early",):
+            return {"early": self.encoder.early(x)}
+        return self.encoder(x)._asdict()
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Plan, extract, seal."""
-    dataset, encoding = VocDataset(settings.places.data), settings.encoding
+    encoding, extraction = settings.encoding, settings.extraction
     encoder = build_encoder(encoding.encoder, encoding.encoder_weights)
-    targets = {}
-    for feature in settings.features:
-        url = stages.store_url(settings.places.store, dataset.name, feature, encoding.res)
-        targets[url] = Fingerprint(
+    name, rows = stages.read_rows(settings.places, settings.images, settings.splits, encoding.num_views)
+    _, plain = stages.read_rows(settings.places, settings.images, ["train"], num_views=1)
+
+    def target(feature: str, res: int, rows: list[Row]) -> stages.Target:
+        fingerprint = Fingerprint(
             feature=feature,
             model=encoder.name,
             weights=encoder.digest,
             layers=encoder.layers,
-            res_px=encoding.res,
-            grid=encoder.grid(encoding.res),
+            res_px=res,
+            grid=encoder.grid(res),
             channels=encoder.early_channels if feature == "early" else encoder.late_channels,
             view_seed=encoding.view_seed,
             preprocessing=PREPROCESSING,
-            precision=settings.extraction.precision,
+            precision=extraction.precision,
+            dtype=extraction.dtype,
         )
-    rows = stages.plan_rows(dataset, settings.splits, encoding.num_views)
-    decode = stages.DecodeShard(encoding.res, encoding.view_seed)
+        return stages.Target(stages.store_url(settings.places.store, name, feature, res), fingerprint, rows)
 
-    def build() -> Selected:
-        return Selected(encoding, settings.features)
-
-    return stages.extract(build, decode, targets, rows, settings.extraction, settings.places.tracking_uri)
+    targets = [target(feature, encoding.res, rows) for feature in settings.features]
+    targets += [target("early", res, plain) for res in settings.coarse_res if res != encoding.res]
+    decode = stages.Decode(encoding.view_seed, extraction.on_bad_image)
+    return stages.extract(lambda: Wanted(encoding), decode, targets, extraction, settings.places.tracking_uri)
 
 
 if __name__ == "__main__":

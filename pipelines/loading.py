@@ -61,11 +61,11 @@ class EpisodeLoader:
         ids = [[e.query, *e.supports] for e in episodes]
         flat_ids, flat_views = [i for row in ids for i in row], [v for e in episodes for v in e.views]
         flips = torch.tensor([e.flips for e in episodes])
-        late = _channels_first(self.late.read(self.late.rows(flat_ids, flat_views))).unflatten(0, flips.shape)
+        late = _channels_first(self.late.rows(flat_ids, flat_views)).unflatten(0, flips.shape)
         embedding = None
         if self.embedding is not None:
             queries = self.embedding.rows([e.query for e in episodes], [e.views[0] for e in episodes])
-            embedding = _mirror(_channels_first(self.embedding.read(queries)), flips[:, 0])
+            embedding = _mirror(_channels_first(queries), flips[:, 0])
         late, labels = _mirror(late, flips), _mirror(torch.from_numpy(self._labels_of(ids, episodes)), flips)
         return EpisodeBatch(
             episodes=episodes,

@@ -16,9 +16,13 @@ class Places:
     """Where things are."""
 
     data: str
-    """Data set in VOC's layout: the folder that holds JPEGImages, on a path that every node sees."""
+    """Data set in VOC's layout: the folder that holds JPEGImages, on a path that every node sees or any fsspec URL."""
     store: str = "outputs/stores"
     """Root of the feature stores: a path or any fsspec URL."""
+    cache: str | None = None
+    """Folder on a local disk that keeps samples of remote stores; none: no cache."""
+    cache_gb: float = 100
+    """Largest size of the cache in GB (10^9 bytes)."""
     out: str = "outputs/runs"
     """Root of checkpoints and results: a path or any fsspec URL."""
     tracking_uri: str = "sqlite:///outputs/mlflow.db"
@@ -58,13 +62,23 @@ class Extraction:
     actors: int = 1
     """Processes that run the network."""
     actor_cpus: float = 1
-    """CPU cores for each of them, and for each decoding task."""
+    """CPU cores for each of them."""
     actor_gpus: float = 0
     """GPUs for each of them; fractions share one."""
+    decode_cpus: float = 0.5
+    """CPU cores for each decoding task, of which there are as many as find room beside the actors."""
     forward_batch: int = 8
     """Images in one forward pass."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast of the forward pass."""
+    compile: bool = False
+    """Run the network through torch.compile; worth it for long jobs on GPUs."""
+    dtype: Literal["float16", "float32", "int8"] = "float16"
+    """Of stored values; int8 is packed with a scale for each 64 channels, in half of float16's bytes."""
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    """An image that cannot be read is listed in the manifest as quarantined, or stops the job."""
+    max_bad_share: float = 0.01
+    """Stop if more than this share of the images cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +205,7 @@ def paper_recipe() -> Recipe:
         places=Places(data="data/VOCdevkit/VOC2012"),
         encoding=Encoding(encoder="dinov2_vitb14", res=paper.IMAGE_RES_PX, num_views=8),
         teaching=Teaching(teacher="sam_vit_h"),
-        extraction=Extraction(actor_gpus=1, forward_batch=16),
+        extraction=Extraction(actor_gpus=1, decode_cpus=1, forward_batch=16),
         workers=Workers(worker_cpus=4, checkpoint_every=1000),
         computing=Computing(gpu=True),
         distillation=Distillation(distill_res=paper.DISTILL_RES_PX),
@@ -211,7 +225,7 @@ def offline_recipe() -> Recipe:
         places=Places(data="data/VOCdevkit/VOC2012"),
         encoding=Encoding(encoder="tf_efficientnet_lite0", res=400, num_views=1),
         teaching=Teaching(teacher="tf_efficientnet_lite2"),
-        extraction=Extraction(actors=2),
+        extraction=Extraction(actors=2, actor_cpus=0.75),
         workers=Workers(),
         computing=Computing(train_precision="bf16"),
         distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=3),

@@ -1,35 +1,67 @@
-"""Picklable Ray operators of the extraction jobs, and the job they share: one row in is one shard out.
+"""Picklable Ray operators of the extraction jobs, and the job they share: one row is one shard.
 
-A shard is the unit of work and of retry: a task decodes its images, an actor computes and writes them whole. So a
-killed task or actor leaves either a finished shard or none, and a new run does only what is missing.
+A shard is the unit of work and of retry: tasks decode images, actors compute and write shards whole. So a killed task
+or actor leaves either a finished shard or none, and a new run does only what is missing. A pass may fill several
+stores, of several resolutions: each image is decoded once for all its views and sizes.
 """
 
 import logging
+import pickle
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 from tqdm import tqdm
 
-from feature_store import FeatureStore, Fingerprint, Row, ShardWriter, create
+from feature_store import CacheSettings, FeatureStore, Fingerprint, Row, ShardWriter, StoreFault, create
 from feature_store.layout import num_shards, shard_rows
+from feature_store.lock import locked
+from fsdino.data.photographs import list_photographs, set_name
 from fsdino.data.views import draw_view
 from fsdino.data.voc import VocDataset
+from fsdino.errors import UserError
 from fsdino.preprocess import read_image, resize_square, to_input
 from pipelines import tracking
 from pipelines.recipes import Encoding, Extraction, Places
 
-Network = Callable[[Tensor], Sequence[Tensor]]
-"""A normalised batch (or stored features) in, one `b c g g` tensor for each store out."""
+Network = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
+"""A normalised batch (or stored features) and the features that are wanted in, each as `b c g g` out."""
+Read = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
+"""A task: an item's `units` (pickled) in, a row with pixels (or stored features) for each of them out."""
+IMAGES_PER_ITEM = 32
+WARM_UP_SECONDS = 5.0  # a first batch that took longer is not run again only to be timed
+
+
+@dataclass(frozen=True)
+class Target:
+    """A store that a pass fills."""
+
+    url: str
+    fingerprint: Fingerprint
+    rows: Sequence[Row]
+
+
+class Unit(NamedTuple):
+    """One shard of stores that are alike in resolution and rows."""
+
+    shard: int
+    res_px: int
+    rows: tuple[Row, ...]
+    urls: tuple[str, ...]
+    features: tuple[str, ...]
+    """Which feature each of the stores keeps."""
 
 
 def connect() -> None:
@@ -47,7 +79,26 @@ def store_url(root: str, dataset: str, feature: str, res_px: int) -> str:
 def open_store(places: Places, dataset: str, feature: str, encoding: Encoding, **more: Any) -> FeatureStore:
     """The store of a feature of the encoder at the resolution of `encoding`, checked for being that."""
     expect = {"feature": feature, "model": encoding.encoder, "res_px": encoding.res, "view_seed": encoding.view_seed}
-    return FeatureStore(store_url(places.store, dataset, feature, encoding.res), expect | more)
+    return open_at(places, store_url(places.store, dataset, feature, encoding.res), expect | more)
+
+
+def open_at(places: Places, url: str, expect: dict[str, Any]) -> FeatureStore:
+    """A store by its URL, behind the local cache if there is one."""
+    cache = CacheSettings(places.cache, int(places.cache_gb * 1e9)) if places.cache else None
+    return FeatureStore(url, expect, cache=cache)
+
+
+def unusable(*stores: FeatureStore | None) -> set[str]:
+    """Ids of images that are quarantined in any of the stores."""
+    return {sample_id for store in stores if store is not None for sample_id, _ in store.quarantined}
+
+
+def read_rows(places: Places, images: str | None, splits: Sequence[str], num_views: int) -> tuple[str, list[Row]]:
+    """The name of what is to be extracted, and its rows: photographs of a place, or else splits of the data set."""
+    if images is not None:
+        return set_name(images), [Row(sample_id, 0, source) for sample_id, source in list_photographs(images).items()]
+    dataset = VocDataset(places.data)
+    return dataset.name, plan_rows(dataset, splits, num_views)
 
 
 def plan_rows(dataset: VocDataset, splits: Sequence[str], num_views: int) -> list[Row]:
@@ -61,134 +112,353 @@ def plan_rows(dataset: VocDataset, splits: Sequence[str], num_views: int) -> lis
     return list(rows.values())
 
 
-class DecodeShard:
-    """Task: the pixels of a shard's images under their views, square, and the originals' sizes."""
+class Single(torch.nn.Module):
+    """A network of one feature."""
 
-    def __init__(self, res_px: int, view_seed: int):
-        self.res_px, self.view_seed = res_px, view_seed
+    def __init__(self, network: torch.nn.Module, feature: str):
+        super().__init__()
+        self.network, self.feature = network, feature
+        self.mean, self.std = getattr(network, "mean", None), getattr(network, "std", None)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """`shard`, and its rows' `sample_id`, `view` and `source` in; `pixels` (n, r, r, 3) and `sizes` (n, 2) out."""
-        rows = [Row(*values) for values in zip(item["sample_id"], item["view"], item["source"], strict=True)]
-        pixels = np.empty((len(rows), self.res_px, self.res_px, 3), np.uint8)
-        sizes = np.empty((len(rows), 2), np.int32)
-        for i, row in enumerate(rows):
-            image = read_image(row.source)
-            sizes[i] = image.size
-            pixels[i] = resize_square(draw_view(self.view_seed, row.sample_id, int(row.view)).image(image), self.res_px)
-        return {"shard": item["shard"], "pixels": pixels, "sizes": sizes}
+    def forward(self, x: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """See Network."""
+        return {self.feature: self.network(x)}
 
 
-class ReadShard:
-    """Task: the stored features of a shard, in the place of pixels."""
+class Decode:
+    """Task: the pixels of an item's images, square, under each view and at each size that its units want."""
+
+    def __init__(self, view_seed: int, on_bad_image: str):
+        self.view_seed, self.on_bad_image = view_seed, on_bad_image
+
+    def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """`units` in; for each of them a row of `_row`, its pixels (n, r, r, 3), out."""
+        units: list[Unit] = pickle.loads(item["units"])
+        pixels = [np.zeros((len(unit.rows), unit.res_px, unit.res_px, 3), np.uint8) for unit in units]
+        sizes = [np.zeros((len(unit.rows), 2), np.int32) for unit in units]
+        bad: list[dict[int, str]] = [{} for _ in units]
+        wanted: dict[str, list[tuple[int, int]]] = {}
+        for number, unit in enumerate(units):
+            for slot, row in enumerate(unit.rows):
+                wanted.setdefault(row.source, []).append((number, slot))
+        for source, places in wanted.items():  # one decoded photograph in memory at a time
+            try:
+                image = read_image(source)
+            except UserError as error:
+                if self.on_bad_image == "fail":
+                    raise
+                for number, slot in places:
+                    bad[number][slot] = str(error)
+                continue
+            except OSError as error:
+                raise StoreFault(f"{source}: {error}; see to it and run the same command again to go on") from None
+            for number, slot in places:
+                row = units[number].rows[slot]
+                view = draw_view(self.view_seed, row.sample_id, row.view)
+                pixels[number][slot] = resize_square(view.image(image), units[number].res_px)
+                sizes[number][slot] = image.size
+        for number, unit in enumerate(units):
+            yield _row(unit, bad[number], pixels[number], sizes[number])
+
+
+class ReadStored:
+    """Task: stored features in the place of pixels; quarantined samples stay so."""
 
     def __init__(self, url: str):
         self.url = url
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """As DecodeShard, `pixels` (n, g, g, c) being features; `sizes` as the store's manifest has them."""
+    def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """As Decode, the pixels (n, g, g, c) being features; sizes and reasons as the store's manifest has them."""
         store = FeatureStore(self.url)
-        rows = store.rows(item["sample_id"], item["view"])
-        return {"shard": item["shard"], "pixels": store.read(rows), "sizes": np.array([store.sizes[r] for r in rows])}
+        number = {(sample.sample_id, sample.view): row for row, sample in enumerate(store.samples)}
+        for unit in pickle.loads(item["units"]):
+            rows = [number[row[:2]] for row in unit.rows]
+            reasons = {slot: store.quarantined.get(row[:2]) for slot, row in enumerate(unit.rows)}
+            bad = {slot: reason for slot, reason in reasons.items() if reason is not None}
+            yield _row(unit, bad, np.nan_to_num(store.read(rows)), np.array([store.sizes[row] for row in rows]))
 
 
-class ComputeShard:
-    """Actor: the network over a shard, then the shard and its marker into every store."""
+def _row(unit: Unit, bad: dict[int, str], pixels: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
+    """From a task to an actor: what Arrow knows nothing of is pickled."""
+    return {"unit": pickle.dumps((unit, bad)), "pixels": pixels, "sizes": sizes}
+
+
+class Compute:
+    """Actor: the network over a shard, then the shard and its marker into every store.
+
+    Ray calls it from two threads, so that one shard is written while the next is computed; a thread of its own runs
+    the network.
+    """
 
     def __init__(self, build: Callable[[], Network], urls: Sequence[str], settings: Extraction):
-        torch.set_num_threads(max(1, int(settings.actor_cpus)))
-        self.device = torch.device("cuda" if settings.actor_gpus else "cpu")
-        self.network = build()
-        if isinstance(self.network, torch.nn.Module):
-            self.network.to(self.device)
-        self.writers = [ShardWriter(url) for url in urls]
         self.settings = settings
+        self.writers = {url: ShardWriter(url) for url in urls}
+        self.thread = ThreadPoolExecutor(1)
+        self.forward: Forward = self.thread.submit(Forward, build, settings).result()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch of one row; returns its shard, images and bytes written."""
-        shard, pixels, sizes = int(batch["shard"][0]), batch["pixels"][0], batch["sizes"][0]
-        outputs: list[list[np.ndarray]] = [[] for _ in self.writers]
-        for start in range(0, len(pixels), self.settings.forward_batch):
-            features = self._forward(pixels[start : start + self.settings.forward_batch])
-            for kept, feature in zip(outputs, features, strict=True):
-                kept.append(feature.float().movedim(1, -1).cpu().numpy())
+        """A batch of one unit; returns images and bytes written, and (pickled) quarantined ids with their reasons."""
+        unit, bad = pickle.loads(batch["unit"][0])
+        pixels, sizes = batch["pixels"][0], batch["sizes"][0]
+        wanted = tuple(dict.fromkeys(unit.features))
+        features = self.thread.submit(self.forward, pixels, wanted).result()
         sized = [(int(w), int(h)) for w, h in sizes]
         written = sum(
-            writer.write(shard, np.concatenate(kept), sized)
-            for writer, kept in zip(self.writers, outputs, strict=True)
-            if not writer.has(shard)  # another store of the same job may lack it
+            self.writers[url].write(unit.shard, features[name], sized, bad)
+            for url, name in zip(unit.urls, unit.features, strict=True)
         )
-        return {"shard": np.array([shard]), "images": np.array([len(pixels)]), "bytes": np.array([written])}
+        reasons = {unit.rows[slot].sample_id: reason for slot, reason in bad.items()}
+        counts = {"images": np.array([len(pixels)]), "bytes": np.array([written])}
+        return counts | {"bad": np.array([pickle.dumps(reasons)], object)}
+
+
+class Forward:
+    """The network on its device: whole shards in, features as arrays out."""
+
+    def __init__(self, build: Callable[[], Network], settings: Extraction):
+        torch.set_num_threads(max(1, int(settings.actor_cpus)))
+        self.device = torch.device("cuda" if settings.actor_gpus else "cpu")
+        self.network, self.settings = build(), settings
+        if isinstance(self.network, torch.nn.Module):
+            self.network.to(self.device)
+            if settings.compile:
+                self.network.compile()
 
     @torch.inference_mode()
-    def _forward(self, pixels: np.ndarray) -> Sequence[Tensor]:
-        if pixels.dtype == np.uint8:
-            x = to_input(pixels, self.network.mean, self.network.std)  # type: ignore[attr-defined]
-        else:
-            x = torch.from_numpy(np.array(pixels)).movedim(-1, 1).float()
-        half = self.settings.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
-            features = self.network(x.to(self.device))
-        return (features,) if isinstance(features, Tensor) else features
+    def __call__(self, pixels: np.ndarray, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+        """Pixels (n, r, r, 3) uint8 or stored features (n, g, g, c) in, wanted features (n, g, g, c) out."""
+        outputs: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+        for start in range(0, len(pixels), self.settings.forward_batch):
+            part = np.array(pixels[start : start + self.settings.forward_batch])
+            if part.dtype == np.uint8:
+                x = to_input(part, self.network.mean, self.network.std)  # type: ignore[attr-defined]
+            else:
+                x = torch.from_numpy(part).movedim(-1, 1).float()
+            half = self.settings.precision == "bf16"
+            with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+                features = self.network(x.to(self.device), wanted)
+            for name in wanted:
+                outputs[name].append(features[name].float().movedim(1, -1).cpu().numpy())
+        return {name: np.concatenate(parts) for name, parts in outputs.items()}
+
+
+def plan_items(targets: Sequence[Target], missing: Mapping[str, Sequence[int]]) -> list[list[Unit]]:
+    """The missing shards of each store, as units, grouped by the images they need.
+
+    32 images make a group, and a unit belongs to the group of its first row. So each image is decoded once for all its
+    views and resolutions, or twice where a shard reaches into the next group.
+    """
+    order: dict[str, int] = {}
+    for target in targets:
+        for row in target.rows:
+            order.setdefault(row.source, len(order))
+    merged: dict[tuple[int, int, tuple[Row, ...]], list[Target]] = {}
+    for target in targets:
+        for shard in missing[target.url]:
+            inside = shard_rows(shard, len(target.rows))
+            rows = tuple(target.rows[inside.start : inside.stop])
+            merged.setdefault((shard, target.fingerprint.res_px, rows), []).append(target)
+    items: dict[int, list[Unit]] = {}
+    for (shard, res_px, rows), alike in merged.items():
+        urls, features = tuple(t.url for t in alike), tuple(t.fingerprint.feature for t in alike)
+        group = order[rows[0].source] // IMAGES_PER_ITEM
+        items.setdefault(group, []).append(Unit(shard, res_px, rows, urls, features))
+    return [items[group] for group in sorted(items)]
 
 
 def extract(
     build: Callable[[], Network],
-    read: Callable[[dict[str, Any]], dict[str, Any]],
-    targets: dict[str, Fingerprint],
-    rows: Sequence[Row],
+    read: Read,
+    targets: Sequence[Target],
     settings: Extraction,
     tracking_uri: str,
 ) -> dict[str, Any]:
-    """Fill the stores `targets` (URL to fingerprint, in the order of the network's outputs) and seal them.
+    """Fill the stores and seal them.
 
-    Prints the plan, shows progress, does only the shards that some store lacks. Returns counts for the summary; a run
-    that computed anything is also in MLflow's experiment `extract`.
+    Prints the plan, shows progress, does only the shards that some store lacks. Images that cannot be read are
+    quarantined up to `settings.max_bad_share` of them; one that was mended since is read again. Returns counts for the
+    summary; a run that computed anything is also in MLflow's experiment `extract`.
     """
     started = time.perf_counter()
-    writers = [create(url, fingerprint, rows) for url, fingerprint in targets.items()]
-    missing = sorted({shard for writer in writers for shard in writer.missing()})
-    todo = sum(len(shard_rows(shard, len(rows))) for shard in missing)
-    total = num_shards(len(rows))
-    for url, writer in zip(targets, writers, strict=True):
-        size = writer.array.dtype.itemsize * int(np.prod(writer.array.shape))
-        print(f"{url}: {len(rows)} samples, {size / 1e9:.2f} GB", file=sys.stderr)
-    print(f"{total - len(missing)} of {total} shards done, {todo} samples to compute", file=sys.stderr)
-    written = 0
-    if not missing:
-        for writer in writers:
-            writer.seal()
-        return {"stores": list(targets), "samples": len(rows), "computed": 0, "bytes": 0, "seconds": 0.0}
-    tags = {f"store.{mark.feature}": str(asdict(mark)) for mark in targets.values()}
-    name = "+".join(f"{mark.feature}@{mark.res_px}" for mark in targets.values())
-    with tracking.running(tracking_uri, "extract", name, asdict(settings) | {"samples": len(rows)}, tags) as run:
-        connect()
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        items = ray.data.from_items([_item(shard, rows) for shard in missing], override_num_blocks=len(missing))
-        done = items.map(read, num_cpus=settings.actor_cpus).map_batches(
-            ComputeShard,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=settings.actors),
-            num_cpus=settings.actor_cpus,
-            num_gpus=settings.actor_gpus,
-            fn_constructor_args=(build, list(targets), settings),
+    writers = {target.url: create(target.url, target.fingerprint, target.rows) for target in targets}
+    bad: dict[str, str] = {}
+    samples = {(target.fingerprint.res_px, row[:2]) for target in targets for row in target.rows}
+    done: dict[str, Any] = {"stores": list(writers), "samples": len(samples)}
+    if all(writer.sealed() and not writer.missing() for writer in writers.values()):
+        for writer in writers.values():
+            bad |= {writer.rows[row].sample_id: reason for row, reason in writer.seal().items()}
+        print(f"nothing to do: {', '.join(writers)}", file=sys.stderr)
+        return {**done, "computed": 0, "bytes": 0, "quarantined": len(bad), "seconds": 0.0}
+    with ExitStack() as stack:
+        locks = [stack.enter_context(locked(writers[url].folder)) for url in sorted(writers)]
+        for writer in writers.values():
+            bad |= known_bad(writer)
+        missing = {url: writer.missing() for url, writer in writers.items()}
+        items = plan_items(targets, missing)
+        computed, written = sum(len(unit.rows) for units in items for unit in units), 0
+        show_plan(build, read, writers, missing, items, settings)
+        images = len({row.source for target in targets for row in target.rows})
+        for url, writer in writers.items():
+            if missing[url] and writer.sealed():  # after a repair that was stopped half-way
+                writer.unseal()
+        name = "+".join(f"{target.fingerprint.feature}@{target.fingerprint.res_px}" for target in targets)
+        tags = {f"store.{t.fingerprint.feature}.{t.fingerprint.res_px}": str(asdict(t.fingerprint)) for t in targets}
+        params = asdict(settings) | {"samples": done["samples"]}
+        with tracking.running(tracking_uri, "extract", name, params, tags) as run:
+            check_bad(bad, images, settings)
+            with tqdm(total=computed, unit="img", desc="extracting", mininterval=1) as bar:
+                for row in compute(build, read, list(writers), items, settings) if items else ():
+                    bar.update(int(row["images"]))
+                    written += int(row["bytes"])
+                    bad |= pickle.loads(row["bad"])
+                    check_bad(bad, images, settings)
+                    for lock in locks:
+                        lock.check()
+            for writer in writers.values():
+                writer.seal()
+            seconds = round(time.perf_counter() - started, 1)
+            run.log(0, computed=computed, bytes=written, quarantined=len(bad), seconds=seconds)
+    for sample_id, reason in sorted(bad.items()):
+        print(f"quarantined {sample_id!r}: {reason}", file=sys.stderr)
+    return {**done, "computed": computed, "bytes": written, "quarantined": len(bad), "seconds": seconds}
+
+
+def compute(
+    build: Callable[[], Network],
+    read: Read,
+    urls: Sequence[str],
+    items: Sequence[list[Unit]],
+    settings: Extraction,
+) -> Iterator[dict[str, Any]]:
+    """The Ray Data job: what `Compute` returns, for each unit as it is finished.
+
+    Raises StoreFault if Ray itself breaks down; finished shards stay.
+    """
+    connect()
+    check_cluster(settings)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    data = ray.data.from_items([{"units": pickle.dumps(units)} for units in items], override_num_blocks=len(items))
+    # Tasks and actors ask for different amounts, else Ray Data would run the former inside the latter.
+    decoded = data.flat_map(read, num_cpus=settings.decode_cpus)
+    finished = decoded.map_batches(
+        Compute,
+        batch_size=1,
+        compute=ActorPoolStrategy(
+            size=settings.actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
+        num_cpus=settings.actor_cpus,
+        num_gpus=settings.actor_gpus,
+        fn_constructor_args=(build, urls, settings),
+    )
+    try:
+        yield from finished.iter_rows()
+    except RayTaskError:
+        raise  # an error of ours inside a worker
+    except RayError as error:
+        first = str(error).strip().splitlines()[0]
+        raise StoreFault(f"Ray broke down ({first}); finished shards are kept, run the same command again") from error
+
+
+def check_cluster(settings: Extraction) -> None:
+    """Raise UserError if the cluster can never run the actors and one decoding task beside them."""
+    there = ray.cluster_resources()
+    wanted = {"CPU": settings.actors * settings.actor_cpus + settings.decode_cpus}
+    wanted["GPU"] = settings.actors * settings.actor_gpus
+    for kind, amount in wanted.items():
+        if amount > there.get(kind, 0):
+            raise UserError(
+                f"{settings.actors} actors and a decoding task: expected a cluster with {amount:g} {kind}, got "
+                f"{there.get(kind, 0):g}; lower --actors, --actor-cpus, --actor-gpus or --decode-cpus"
+            )
+
+
+def known_bad(writer: ShardWriter) -> dict[str, str]:
+    """Images that an earlier run quarantined, and why. Shards with one that can be read by now become missing."""
+    shards = sorted(set(range(num_shards(len(writer.rows)))) - set(writer.missing()))
+    bad: dict[str, str] = {}
+    for shard, marker in writer.markers(shards).items():
+        if marker is None:
+            writer.forget(shard)
+            continue
+        rows = shard_rows(shard, len(writer.rows))
+        still = {writer.rows[rows[slot]].sample_id: reason for slot, reason in marker.quarantine.items()}
+        if any(readable(writer.rows[rows[slot]].source) for slot in marker.quarantine):
+            writer.forget(shard)
+        else:
+            bad |= still
+    return bad
+
+
+def readable(source: str) -> bool:
+    """Whether a photograph can be read."""
+    try:
+        read_image(source)
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def check_bad(bad: Mapping[str, str], images: int, settings: Extraction) -> None:
+    """Raise UserError if more images than allowed are quarantined."""
+    if len(bad) > settings.max_bad_share * images:
+        first = next(iter(bad.values()))
+        raise UserError(
+            f"{len(bad)} of {images} images cannot be read, more than --max-bad-share {settings.max_bad_share:g} "
+            f"(the first: {first}); mend or remove them, or raise the share, and run the same command again"
         )
-        with tqdm(total=todo, unit="img", desc="extracting", mininterval=1) as bar:
-            for row in done.iter_rows():
-                bar.update(int(row["images"]))
-                written += int(row["bytes"])
-        for writer in writers:
-            writer.seal()
-        seconds = round(time.perf_counter() - started, 1)
-        run.log(0, computed=todo, bytes=written, seconds=seconds)
-    return {"stores": list(targets), "samples": len(rows), "computed": todo, "bytes": written, "seconds": seconds}
 
 
-def _item(shard: int, rows: Sequence[Row]) -> dict[str, Any]:
-    wanted = [rows[r] for r in shard_rows(shard, len(rows))]
-    return {
-        "shard": shard,
-        "sample_id": [row.sample_id for row in wanted],
-        "view": [row.view for row in wanted],
-        "source": [row.source for row in wanted],
-    }
+def show_plan(
+    build: Callable[[], Network],
+    read: Read,
+    writers: Mapping[str, ShardWriter],
+    missing: Mapping[str, Sequence[int]],
+    items: Sequence[Sequence[Unit]],
+    settings: Extraction,
+) -> None:
+    """Say what is to be done, before it is begun."""
+    for url, writer in writers.items():
+        shards, rows = num_shards(len(writer.rows)), len(writer.rows)
+        todo = sum(len(shard_rows(shard, rows)) for shard in missing[url])
+        size = writer.nbytes / rows * todo
+        print(
+            f"{url}: {rows} samples, {shards - len(missing[url])} of {shards} shards done, "
+            f"{todo} samples to compute, {size / 1e9:.2f} GB to write",
+            file=sys.stderr,
+        )
+    images = len({row.source for units in items for unit in units for row in unit.rows})
+    seconds = estimate(build, read, items, settings) if items else 0.0
+    about = "as the progress bar will tell" if seconds is None else f"about {timedelta(seconds=max(1, round(seconds)))}"
+    print(f"{images} images to read, time {about}", file=sys.stderr)
+
+
+def estimate(
+    build: Callable[[], Network],
+    read: Read,
+    items: Sequence[Sequence[Unit]],
+    settings: Extraction,
+) -> float | None:
+    """Seconds for all units, from one batch of each resolution here; None if only the actors have a GPU."""
+    if settings.actor_gpus and not torch.cuda.is_available():
+        return None
+    threads = torch.get_num_threads()
+    forward = Forward(build, replace(settings, compile=False))
+    batch = settings.forward_batch if settings.actor_gpus else 1
+    seconds = 0.0
+    units = [unit for item in items for unit in item]
+    for res_px in {unit.res_px for unit in units}:
+        alike = [unit for unit in units if unit.res_px == res_px]
+        sample = alike[0]._replace(rows=alike[0].rows[:batch])
+        wanted = tuple(dict.fromkeys(sample.features))
+        started = time.perf_counter()
+        pixels = next(read({"units": pickle.dumps([sample])}))["pixels"]
+        reading, started = time.perf_counter() - started, time.perf_counter()
+        forward(pixels, wanted)
+        computing = time.perf_counter() - started
+        if computing < WARM_UP_SECONDS:
+            started = time.perf_counter()
+            forward(pixels, wanted)
+            computing = time.perf_counter() - started
+        seconds += (reading + computing) / len(sample.rows) * sum(len(unit.rows) for unit in alike)
+    torch.set_num_threads(threads)
+    return seconds / settings.actors

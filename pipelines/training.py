@@ -26,7 +26,7 @@ from fsdino.checkpoint import files as checkpoint_files
 from fsdino.errors import UserError
 from pipelines import tracking
 from pipelines.recipes import Computing, Model, Places, Workers
-from pipelines.stages import connect, store_url
+from pipelines.stages import connect, open_at, store_url
 
 MAX_WORKER_FAILURES = 3
 
@@ -177,9 +177,8 @@ def open_embedding(places: Places, dataset: str, model: Model, late: FeatureStor
     """The embeddings that the adapter of that digest made of the views that `late` holds."""
     made = late.fingerprint
     url = store_url(places.store, dataset, embedding_name(model), made.res_px)
-    return FeatureStore(
-        url, {"feature": "embedding", "weights": digest, "grid": made.grid, "view_seed": made.view_seed}
-    )
+    expect = {"feature": "embedding", "weights": digest, "grid": made.grid, "view_seed": made.view_seed}
+    return open_at(places, url, expect)
 
 
 def embedding_name(model: Model) -> str:

@@ -47,11 +47,9 @@ def whole_run(places):
     extracting, everywhere = flags(places), flags(places)
     fold = ["--fold", FOLD]
     two = ["--workers", 2, "--worker-cpus", 0.5]
-    coarse = ["--res", 28, "--num-views", 1, "--features", "early", "--splits", "train"]
     results = {
         "teacher": result_of(command("extract_teacher", *extracting)),
-        "coarse": result_of(command("extract_features", *extracting, *coarse)),
-        "features": result_of(command("extract_features", *extracting)),
+        "features": result_of(command("extract_features", *extracting, "--coarse-res", 28)),
         "distill": result_of(command("distill", *everywhere, *two)),
         "bake": result_of(command("bake_embeddings", *everywhere)),
         "4d": result_of(command("train_episodic", *everywhere, *fold)),
@@ -66,7 +64,7 @@ def whole_run(places):
 
 def test_every_step_of_the_way_ends_in_its_result(whole_run, shapes_root):
     assert whole_run["teacher"]["samples"] == whole_run["teacher"]["computed"] == 120
-    assert whole_run["features"]["samples"] == 120 * 2 + 40
+    assert whole_run["features"]["samples"] == whole_run["features"]["computed"] == (120 * 2 + 40) + 120
     assert [stage["res_px"] for stage in whole_run["distill"]["stages"]] == [28, 70]
     assert whole_run["4d"]["steps"] == 10 and whole_run["4d"]["loss"] > 0
     for method in ("prototype", "nearest", "compact", "4d"):
@@ -202,7 +200,7 @@ def test_an_extraction_goes_on_after_kill_9_and_equals_an_undisturbed_one(whole_
     assert 0 < result["computed"] <= result["samples"] - 32 * (done_before - 1)
     undisturbed = FeatureStore(whole_run["features"]["stores"][1])
     store = FeatureStore(str(folder))
-    rows = store.rows([s.sample_id for s in undisturbed.samples], [s.view for s in undisturbed.samples])
+    rows = store.row_numbers([s.sample_id for s in undisturbed.samples], [s.view for s in undisturbed.samples])
     assert np.array_equal(store.read(rows), undisturbed.read(range(len(undisturbed))))
 
 

@@ -85,7 +85,7 @@ def test_samples_come_back_as_they_were_written_in_any_order(url):
     store = FeatureStore(url, expect={"feature": "late"})
     wanted = [49, 0, 31, 32, 0, 7]
     assert np.array_equal(store.read(wanted), data[wanted])
-    assert store.rows(["image 3", "image 3"], [0, 1]) == [6, 7]
+    assert store.row_numbers(["image 3", "image 3"], [0, 1]) == [6, 7]
 
 
 def test_only_shards_without_a_marker_are_missing(url):
@@ -130,7 +130,7 @@ def test_an_absent_store_says_so(url):
 def test_an_unknown_sample_names_itself(url):
     fill(url, features())
     with pytest.raises(StoreError, match="no sample 'image 3' view 2 among 50"):
-        FeatureStore(url).rows(["image 3"], [2])
+        FeatureStore(url).row_numbers(["image 3"], [2])
 
 
 def test_a_flipped_bit_is_found_by_the_read_of_that_sample(url):

@@ -65,7 +65,7 @@ def test_verify_exits_with_1_and_names_what_is_damaged(store):
     path.write_bytes(bytes(raw))
     (store / shard_key(1)).unlink()
     done, result = tool("verify", store)
-    assert done.returncode == 1 and result["damaged"] == 1 + 8
+    assert done.returncode == 1 and result["shards_damaged"] == [0, 1]
     assert "shard 0, sample 7 (image7): its checksum is wrong" in done.stdout
 
 

@@ -1,24 +1,25 @@
 """Data sets in VOC's layout, scored as PASCAL-5i by the `pfenet` protocol.
 
-A root holds JPEGImages/*.jpg, SegmentationClassAug/*.png (palette index = class, 255 = void), and lists of ids in
-ImageSets/Segmentation/{train_aug,val}.txt. An optional classes.txt names the classes, one per line from class 1;
-without it the twenty of PASCAL VOC are meant. A data set of one's own is known by its folder's name.
+A root (a path or any fsspec URL) holds JPEGImages/*.jpg, SegmentationClassAug/*.png (palette index = class, 255 =
+void), and lists of ids in ImageSets/Segmentation/{train_aug,val}.txt. An optional classes.txt names the classes, one
+per line from class 1; without it the twenty of PASCAL VOC are meant. A data set of one's own is known by its folder's
+name.
 """
 
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from upath import UPath
 
 from fsdino import paper
 from fsdino.data.folds import base_images, novel_classes, novel_images
 from fsdino.errors import UserError
-from fsdino.preprocess import read_image, read_label
+from fsdino.preprocess import Source, read_image, read_label
 from fsdino.weights import cache_folder
 
 VOC_CLASSES = (
@@ -34,8 +35,8 @@ class VocDataset:
 
     protocol = "pfenet"
 
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
+    def __init__(self, root: Source):
+        self.root = UPath(root)
         lists = self.root / "ImageSets" / "Segmentation"
         if not lists.is_dir():
             raise UserError(
@@ -53,7 +54,7 @@ class VocDataset:
             raise UserError(f"{path}: expected the list of {split} images, found none; VOC's layout needs it")
         return path.read_text().split()
 
-    def image_path(self, image_id: str) -> Path:
+    def image_path(self, image_id: str) -> UPath:
         """Where the photograph is."""
         return self.root / "JPEGImages" / f"{image_id}.jpg"
 
@@ -68,12 +69,11 @@ class VocDataset:
     def class_pixels(self, split: Split) -> dict[str, dict[int, int]]:
         """Pixel counts of every class in every image of a split; kept in the cache, keyed by list and label times."""
         ids = self.ids(split)
-        stamps = [(self.root / "SegmentationClassAug" / f"{i}.png") for i in ids]
-        key = hashlib.sha256(
-            json.dumps(
-                [str(self.root.resolve()), self.class_names, ids, [p.stat().st_mtime_ns for p in stamps if p.exists()]]
-            ).encode()
-        ).hexdigest()[:16]
+        folder = self.root / "SegmentationClassAug"
+        with ThreadPoolExecutor(16) as pool:
+            stamps = list(pool.map(lambda image_id: _stamp(folder / f"{image_id}.png"), ids))
+        described = json.dumps([str(self.root.resolve()), self.class_names, ids, stamps])
+        key = hashlib.sha256(described.encode()).hexdigest()[:16]
         cached = cache_folder() / f"class-pixels-{key}.json"
         if cached.exists():
             return {i: {int(c): n for c, n in counts.items()} for i, counts in json.loads(cached.read_text()).items()}
@@ -107,6 +107,15 @@ class VocDataset:
     def test_images(self, fold: int) -> dict[str, list[int]]:
         """Images that test the fold, with their novel classes."""
         return novel_images(self.class_pixels("val"), self.novel(fold), paper.MIN_CLASS_PIXELS)
+
+
+def _stamp(path: UPath) -> str | None:
+    """What changes when a file does; None if it is not there."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return f"{stat.st_size} {stat.st_mtime}"
 
 
 def binary_label(label: UInt8[np.ndarray, "h w"], class_id: int) -> UInt8[np.ndarray, "h w"]:

@@ -1,0 +1,78 @@
+"""Photographs without labels: a folder, a glob, or either on any fsspec URL."""
+
+import os
+import re
+from collections.abc import Iterator
+from glob import has_magic
+from pathlib import Path
+
+import fsspec
+from fsspec.utils import glob_translate
+
+from fsdino.errors import UserError
+
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .heic .heif .avif .jp2 .ppm .pgm".split())
+"""What counts as a photograph in a folder; a glob takes whatever it matches. Unsupported ones are found on reading."""
+
+
+def list_photographs(place: str) -> dict[str, str]:
+    """Photographs by their path below the folder (or below a glob's fixed part), sorted; values are paths or URLs.
+
+    Symbolic links are followed, each folder once. Raises UserError if there is none.
+    """
+    found = dict(sorted(_remote(place) if "://" in place else _local(place)))
+    if not found:
+        raise UserError(
+            f"--images {place}: expected photographs, found none; name a folder with any of "
+            f"{' '.join(sorted(SUFFIXES))}, or a glob such as 'photos/**/*.jpg' in quotes"
+        )
+    return found
+
+
+def set_name(place: str) -> str:
+    """What a set of photographs is called: the folder's name, or that of a glob's fixed part."""
+    fixed = place.split("::")[-1] if "::" in place else _fixed_part(place)
+    return re.sub(r"[^\w.-]+", "-", fixed.rstrip("/").rsplit("/", 1)[-1]) or "images"
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folders before the first wildcard."""
+    parts = pattern.split("/")
+    magic = next((i for i, part in enumerate(parts) if has_magic(part)), len(parts))
+    return "/".join(parts[:magic])
+
+
+def _local(place: str) -> Iterator[tuple[str, str]]:
+    place = os.path.abspath(place)
+    # A folder may well be called "[1]": only what does not exist is a pattern.
+    pattern = None if os.path.exists(place) or not has_magic(place) else re.compile(glob_translate(place))
+    base = place if pattern is None else _fixed_part(place) or "/"
+    deepest = None if pattern is None or "**" in place else place.count("/") - base.rstrip("/").count("/")
+    if os.path.isfile(base):
+        yield os.path.basename(base), base
+        return
+    seen: set[str] = set()
+    for folder, inner, names in os.walk(base, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or (deepest is not None and folder.count("/") - base.rstrip("/").count("/") >= deepest):
+            inner.clear()
+            continue
+        seen.add(real)
+        inner.sort()
+        for name in names:
+            path = os.path.join(folder, name)
+            if pattern.match(path) if pattern else Path(name).suffix.lower() in SUFFIXES:
+                yield os.path.relpath(path, base), path
+
+
+def _remote(place: str) -> Iterator[tuple[str, str]]:
+    fs, path = fsspec.url_to_fs(place)
+    wild = has_magic(path)
+    names = fs.glob(path) if wild else fs.find(path)
+    base = _fixed_part(path) if wild else path
+    archive = f"::{place.split('::', 1)[1]}" if "::" in place else ""
+    protocol = place.split("://", 1)[0]
+    for name in names:
+        if (wild and fs.isfile(name)) or (not wild and Path(name).suffix.lower() in SUFFIXES):
+            url = f"{protocol}://{name}{archive}" if archive else fs.unstrip_protocol(name)
+            yield name.removeprefix(base).lstrip("/"), url
