@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,14 +38,15 @@ class SampleCache:
         self.folder = self.root / hashlib.sha256(url.encode() + b"\0" + bytes(seal)).hexdigest()[:24]
         self.folder.mkdir(parents=True, exist_ok=True)
         os.utime(self.folder)  # the order in which unused stores make room
-        self._in_use = os.open(self.folder / "in-use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        fcntl.flock(self._in_use, fcntl.LOCK_SH)  # the kernel takes it back whatever happens to this process
+        # Locks that the kernel takes back whatever happens to this process.
+        locks = [os.open(f / "in-use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC) for f in (self.root, self.folder)]
+        self.close = weakref.finalize(self, _close, locks)
+        """Let the samples make room for those of other stores; done, too, when nothing refers to this any more."""
         with self._total() as total:
-            total.write(_size(self.root))  # kills may have left the count behind the truth
-
-    def close(self) -> None:
-        """Let the samples make room for those of other stores."""
-        os.close(self._in_use)
+            if _lock(locks[0], fcntl.LOCK_EX):  # nobody else is writing: count what is there, kills included
+                total.write(_size(self.root))
+            for file in locks:
+                fcntl.flock(file, fcntl.LOCK_SH)
 
     def read_into(self, row: int, sample: memoryview) -> bytes | None:
         """Fill `sample` from the cache and return its stored crc32c; None if it is not there or not whole."""
@@ -68,7 +70,7 @@ class SampleCache:
         with self._total() as total:
             used = total.read()
             if used + len(chunk) > self.settings.limit_bytes:
-                used = self._make_room(len(chunk))
+                used = self._make_room(used, len(chunk))
                 if used + len(chunk) > self.settings.limit_bytes:
                     total.write(used)
                     return False
@@ -86,9 +88,8 @@ class SampleCache:
         """Forget a damaged sample."""
         (self.folder / str(row)).unlink(missing_ok=True)
 
-    def _make_room(self, wanted: int) -> int:
+    def _make_room(self, used: int, wanted: int) -> int:
         """Remove stores that nobody has open, the longest unused first, until there is room. Bytes in use then."""
-        used = _size(self.root)
         others = [f for f in self.root.iterdir() if f.is_dir() and f != self.folder]
         for folder in sorted(others, key=lambda f: f.stat().st_mtime):
             if used + wanted <= self.settings.limit_bytes:
@@ -121,6 +122,11 @@ class _Total:
         os.pwrite(self.file, max(value, 0).to_bytes(8, "little"), 0)
 
 
+def _close(locks: list[int]) -> None:
+    for file in locks:
+        os.close(file)
+
+
 def _unused(folder: Path) -> bool:
     """Whether no process has the store open."""
     try:
@@ -128,12 +134,18 @@ def _unused(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+        return _lock(file, fcntl.LOCK_EX)
     finally:
         os.close(file)
+
+
+def _lock(file: int, kind: int) -> bool:
+    """Take a lock unless another has it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _size(folder: Path) -> int:

@@ -101,12 +101,13 @@ def _record(owner: str) -> bytes:
 
 
 def _holder(folder: Folder) -> dict[str, Any] | None:
+    gone = {"owner": "", "host": "?", "pid": 0, "started": None, "beat": 0.0}
     try:
-        return json.loads(bytes(folder.read(layout.LOCK)))
+        return gone | json.loads(bytes(folder.read(layout.LOCK)))
     except FileNotFoundError:
         return None
-    except ValueError:
-        return {"owner": "", "host": "?", "pid": 0, "started": None, "beat": 0.0}  # damaged: as good as stale
+    except (ValueError, TypeError):
+        return gone  # damaged
 
 
 def _alive(holder: dict[str, Any]) -> bool:

@@ -77,8 +77,9 @@ def read_marker(data: Bytes) -> Marker | None:
 
 
 def seal_bytes(files: dict[str, Bytes]) -> bytes:
-    """The seal: the crc32c of each file that a reader relies on."""
-    return _json({"crc32c": {name: layout.crc32c(data) for name, data in sorted(files.items())}})
+    """The seal: the crc32c of each file that a reader relies on, and of this list."""
+    vouched = {name: layout.crc32c(data) for name, data in files.items()}
+    return _json({"crc32c": vouched, "own_crc32c": layout.crc32c(_json(vouched))})
 
 
 def read_sealed(folder: Folder, names: Sequence[str]) -> dict[str, Bytes]:
@@ -87,7 +88,7 @@ def read_sealed(folder: Folder, names: Sequence[str]) -> dict[str, Bytes]:
     try:
         record: dict[str, Any] = json.loads(raw)
         vouched = record["crc32c"]
-        whole = _json(record) == raw and set(vouched) == {layout.ARRAY, layout.PLAN, layout.MANIFEST}
+        whole = _json(record) == raw and layout.crc32c(_json(vouched)) == record["own_crc32c"]
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:

@@ -43,12 +43,7 @@ class FeatureStore:
         self.expect, self.verify, self.cache_settings = dict(expect or {}), verify, cache
         self.folder = open_folder(self.url)
         seal, array, table = self._open()
-        self.fingerprint = Fingerprint.of_record(array["attributes"])
-        differing = self.fingerprint.differences(self.expect)
-        if differing:
-            raise StoreError(
-                f"{self.url}: the store was made otherwise ({'; '.join(differing)}); extract it anew elsewhere"
-            )
+        self.fingerprint = self._expected(array)
         self.samples = manifest.rows_of(table)
         self.sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         self.checksums: list[int] = table["checksum"].to_pylist()
@@ -172,11 +167,21 @@ class FeatureStore:
             files = manifest.read_sealed(self.folder, (layout.ARRAY, layout.MANIFEST))
         except FileNotFoundError:
             try:
-                read_array(self.url, self.folder.read(layout.ARRAY))
+                self._expected(read_array(self.url, self.folder.read(layout.ARRAY)))
             except FileNotFoundError:
                 raise StoreError(f"{self.url}: expected a feature store, found none; extract it first") from None
             raise StoreError(f"{self.url}: the store is not sealed; run its extraction again to finish it") from None
         return seal, read_array(self.url, files[layout.ARRAY]), manifest.read_table(files[layout.MANIFEST])
+
+    def _expected(self, array: dict[str, Any]) -> Fingerprint:
+        """The fingerprint. Raises StoreError if it is not as expected."""
+        fingerprint = Fingerprint.of_record(array["attributes"])
+        differing = fingerprint.differences(self.expect)
+        if differing:
+            raise StoreError(
+                f"{self.url}: the store was made otherwise ({'; '.join(differing)}); extract it anew elsewhere"
+            )
+        return fingerprint
 
     def _start_pool(self) -> None:
         self._pid = os.getpid()

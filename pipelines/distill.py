@@ -100,7 +100,7 @@ def open_stores(settings: Settings, dataset: str) -> tuple[list[FeatureStore], F
 
 def usable(dataset: VocDataset, early: list[FeatureStore], teacher: FeatureStore) -> list[str]:
     """Training images that have features in every store."""
-    without = stages.unusable(teacher, *early)
+    without = stages.quarantined(teacher, *early)
     return [image_id for image_id in dataset.ids("train") if image_id not in without]
 
 

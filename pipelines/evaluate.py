@@ -64,6 +64,7 @@ def job(settings: Settings) -> dict[str, Any]:
     """Check, run the episodes, score, log."""
     dataset, places = VocDataset(settings.places.data), settings.places
     model, variant = None, settings.method
+    images = dataset.test_images(settings.fold)
     late = stages.open_store(places, dataset.name, "late", settings.encoding)
     if settings.computing.gpu and not torch.cuda.is_available():
         raise UserError("--gpu: expected a CUDA device on this machine, found none; take --no-gpu")
@@ -75,9 +76,8 @@ def job(settings: Settings) -> dict[str, Any]:
         predict = trained(segmenter.to(device), training.autocast(settings.computing, device))
     else:
         predict = training_free(settings.method)
-    unusable = stages.unusable(late, embedding)
     sampler = EpisodeSampler(
-        {i: classes for i, classes in dataset.test_images(settings.fold).items() if i not in unusable},
+        stages.usable(images, late, embedding),
         shots=settings.shots,
         fold=settings.fold,
         seed=settings.testing.test_seed,

@@ -88,8 +88,14 @@ def open_at(places: Places, url: str, expect: dict[str, Any]) -> FeatureStore:
     return FeatureStore(url, expect, cache=cache)
 
 
-def unusable(*stores: FeatureStore | None) -> set[str]:
-    """Ids of images that are quarantined in any of the stores."""
+def usable(images: Mapping[str, list[int]], *stores: FeatureStore | None) -> dict[str, list[int]]:
+    """Images (with their classes) that have features in every store."""
+    without = quarantined(*stores)
+    return {image_id: classes for image_id, classes in images.items() if image_id not in without}
+
+
+def quarantined(*stores: FeatureStore | None) -> set[str]:
+    """Ids of images that any of the stores has in quarantine."""
     return {sample_id for store in stores if store is not None for sample_id, _ in store.quarantined}
 
 

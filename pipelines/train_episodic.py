@@ -73,8 +73,9 @@ def job(settings: Settings) -> dict[str, Any]:
     dataset = VocDataset(settings.places.data)
     training.check_batch(settings.episodic.batch, settings.workers.workers)
     name = settings.name or f"fold{settings.fold}-{settings.model.variant}"
+    images = dataset.training_images(settings.fold, settings.episodic.keep_novel)
     late, embedding, adapter = open_inputs(settings, dataset.name)
-    sampler = make_sampler(settings, dataset, stages.unusable(late, embedding))
+    sampler = make_sampler(settings, stages.usable(images, late, embedding))
     steps = num_steps(settings, sampler)
     folder = f"{settings.places.out}/{dataset.name}"
     url = f"{folder}/{name}/final"
@@ -129,11 +130,10 @@ def job(settings: Settings) -> dict[str, Any]:
     }
 
 
-def make_sampler(settings: Settings, dataset: VocDataset, unusable: set[str]) -> EpisodeSampler:
-    """Training episodes of the fold's base classes, without images that have no features."""
-    images = dataset.training_images(settings.fold, settings.episodic.keep_novel)
+def make_sampler(settings: Settings, images: dict[str, list[int]]) -> EpisodeSampler:
+    """Training episodes of the fold's base classes."""
     return EpisodeSampler(
-        {image_id: classes for image_id, classes in images.items() if image_id not in unusable},
+        images,
         shots=settings.episodic.train_shots,
         fold=settings.fold,
         seed=settings.workers.seed,
@@ -203,7 +203,8 @@ def loop(config: dict[str, Any]) -> None:
     dataset, steps = config["dataset"], config["steps"]
     device, rank, world = training.set_up(config)
     late, embedding, adapter = (*open_inputs(settings, dataset.name)[:2], config["adapter"])
-    sampler = make_sampler(settings, dataset, stages.unusable(late, embedding))
+    images = dataset.training_images(settings.fold, settings.episodic.keep_novel)
+    sampler = make_sampler(settings, stages.usable(images, late, embedding))
     loader = EpisodeLoader(dataset, late, embedding, settings.episodic.label_px or settings.encoding.res)
     segmenter = build_segmenter(settings, late, embedding, adapter).to(device)
     model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))

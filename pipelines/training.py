@@ -61,13 +61,12 @@ def run(
             "choose another --out or --name, or remove it"
         )
     run_id = record["run_id"] if record else None
-    if run_id is not None and files.exists(f"{folder}/{name}/final", checkpoint_files(result)[1]):
+    if run_id is not None and checkpoint_files(result)[1] in files.open_folder(f"{folder}/{name}").names("final"):
         tracking.close(places.tracking_uri, run_id)  # a kill may have come between the checkpoint and the end
         return
     with tracking.running(places.tracking_uri, experiment, name, identity, tags, run_id) as run:
-        files.write_bytes(
-            f"{folder}/{name}", "run.json", json.dumps({"identity": identity, "run_id": run.run_id}).encode()
-        )
+        begun = json.dumps({"identity": identity, "run_id": run.run_id}).encode()
+        files.open_folder(f"{folder}/{name}").write("run.json", [begun])
         connect()
         resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if computing.gpu else {})
         check_resources(resources, workers.workers)
@@ -134,7 +133,7 @@ def _shown(progress: Any) -> Iterator[None]:
 def publish(folder: str | Path, url: str) -> None:
     """Put a folder's files at a URL, the JSON last: it names a checkpoint, so it must not come before the weights."""
     for path in sorted(Path(folder).iterdir(), key=lambda p: p.suffix == ".json"):
-        files.write_bytes(url, path.name, path.read_bytes())
+        files.open_folder(url).write(path.name, [path.read_bytes()])
 
 
 def fetch(url: str, folder: str | Path, names: tuple[str, ...]) -> Path:
@@ -145,7 +144,7 @@ def fetch(url: str, folder: str | Path, names: tuple[str, ...]) -> Path:
         return Path(local)
     for name in names:
         try:
-            (Path(folder) / name).write_bytes(files.read_bytes(url, name))
+            (Path(folder) / name).write_bytes(files.open_folder(url).read(name))
         except FileNotFoundError:
             raise UserError(f"{url}: expected a checkpoint with {name}, found none; train it first") from None
     return Path(folder)
@@ -276,6 +275,6 @@ def identity_of(**sections: Any) -> dict[str, Any]:
 
 def _record(url: str) -> dict[str, Any] | None:
     try:
-        return json.loads(files.read_bytes(url, "run.json"))
+        return json.loads(bytes(files.open_folder(url).read("run.json")))
     except FileNotFoundError:
         return None

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.servers import aws, environment, s3_server
+
 install_import_hook(["fsdino", "feature_store"], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,16 @@ def shapes_root(tmp_path_factory) -> Path:
 def own_cache(tmp_path_factory):
     """No test reads or writes the user's cache."""
     os.environ["FSDINO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """A real S3 server with an empty bucket `features`, and the environment that leads there."""
+    with s3_server() as address, environment(**aws(address)):
+        import fsspec
+
+        fsspec.filesystem("s3").mkdir("features")
+        yield address
 
 
 def command(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
