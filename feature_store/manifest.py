@@ -42,7 +42,7 @@ def manifest_bytes(rows: Sequence[Row], markers: Sequence[Marker]) -> bytes:
 
 def read_table(data: Bytes) -> pa.Table:
     """A plan or a manifest."""
-    return pq.read_table(io.BytesIO(data))
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
 
 
 def rows_of(table: pa.Table) -> list[Row]:

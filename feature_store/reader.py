@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 import numpy as np
 
 from feature_store import layout, manifest, packing
+from feature_store.buffers import Buffers
 from feature_store.cache import CacheSettings, SampleCache
 from feature_store.errors import StoreError
-from feature_store.files import Bytes, absolute, local_path, open_folder
+from feature_store.files import Bytes, ObjectFolder, absolute, local_path, open_folder
 from feature_store.schema import Fingerprint
 from feature_store.writer import read_array
 
 LOCAL_THREADS, REMOTE_THREADS = 4, 16
 RUN_BYTES = 8 << 20  # the longest range asked for at once, so that a long read is spread over the threads
-CRC_BLOCK = 512 << 10  # small enough to be still in the core's own cache when it is checked
-MAPS_KEPT = 256
+COPY_BLOCK = 256 << 10
+MAPS_KEPT = FILES_KEPT = 256
 
 
 class FeatureStore:
@@ -58,10 +60,12 @@ class FeatureStore:
         self.dtype = np.dtype(np.float16) if packed else self.stored_dtype
         self.sample_bytes = int(np.prod(self.stored_shape)) * self.stored_dtype.itemsize
         self._row = {(sample.sample_id, sample.view): i for i, sample in enumerate(self.samples)}
-        self._index: dict[int, np.ndarray] = {}
+        self._index: dict[int, list[list[int]]] = {}
+        self._files: dict[int, int] = {}
         self._maps: dict[int, mmap.mmap] = {}
         self._path = local_path(self.url)
         self._threads = REMOTE_THREADS if self._path is None else LOCAL_THREADS
+        self._buffers = Buffers()
         self._start_pool()
         self._cache = SampleCache(cache, self.url, seal) if cache is not None and self._path is None else None
 
@@ -101,16 +105,19 @@ class FeatureStore:
         """
         shape = (len(rows), *self.shape)
         if out is None:
-            out = np.empty(shape, self.dtype if dtype is None else dtype)
+            out = self._buffers.empty(shape, self.dtype if dtype is None else dtype)
         elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
             raise StoreError(
                 f"{self.url}: expected a writable C-contiguous buffer of shape {shape} to read into, got {out.shape}"
             )
         first: dict[int, int] = {}
         for position, row in enumerate(rows):
-            if not 0 <= row < len(self):
+            if not 0 <= row < len(self.samples):
                 raise StoreError(f"{self.url}: no row {row}; the store has {len(self)}")
             first.setdefault(int(row), position)
+        if len(rows) == 1:
+            self._read_group([rows[0]], [out[0]])
+            return out
         wanted = sorted(first)
         groups = self._groups(wanted)
         targets = [[out[first[row]] for row in group] for group in groups]
@@ -211,10 +218,10 @@ class FeatureStore:
 
     def _read_group(self, rows: list[int], targets: list[np.ndarray]) -> None:
         """Fill one target for each of neighbouring rows."""
-        if all(target.dtype == self.stored_dtype and self.shape == self.stored_shape for target in targets):
+        if self.shape == self.stored_shape and targets[0].dtype == self.stored_dtype:
             stored = targets
         else:
-            stored = list(np.empty((len(rows), *self.stored_shape), self.stored_dtype))
+            stored = list(self._buffers.empty((len(rows), *self.stored_shape), self.stored_dtype))
         buffers = [memoryview(sample.reshape(-1).view(np.uint8).data) for sample in stored]
         if self._path is not None:
             self._fill_local(rows, buffers)
@@ -231,42 +238,50 @@ class FeatureStore:
                 packing.unpack(sample, target)
 
     def _fill_local(self, rows: list[int], buffers: list[memoryview]) -> None:
-        """One open, then each sample block by block, so that its crc32c is computed while it is in the core's cache."""
-        assert self._path is not None
+        """One call of the system for all neighbours, each into its own memory."""
         shard = rows[0] // layout.ROWS_PER_SHARD
+        file = self._files.get(shard)
+        if file is None:
+            file = self._open_shard(shard)
+        crcs = [memoryview(bytearray(layout.CRC_BYTES)) for _ in rows]
+        inside = [part for pair in zip(buffers, crcs, strict=True) for part in pair]
+        try:
+            got = os.preadv(file, inside, self._span(rows[0])[0])
+        finally:
+            if self._files.get(shard) != file:
+                os.close(file)
+        for row, buffer, crc in zip(rows, buffers, crcs, strict=True):
+            got -= self.sample_bytes + layout.CRC_BYTES
+            if got < 0 or (self.verify and not layout.is_whole(buffer, crc)):
+                raise self._damaged(row)
+
+    def _open_shard(self, shard: int) -> int:
+        """A shard's file, kept open if few are."""
+        assert self._path is not None
         try:
             file = os.open(os.path.join(self._path, layout.shard_key(shard)), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise self._missing(shard) from None
-        try:
-            for row, buffer in zip(rows, buffers, strict=True):
-                offset, _ = self._span(row)
-                crc, got, stored_crc = 0, 0, bytearray(layout.CRC_BYTES)
-                for start in range(0, len(buffer), CRC_BLOCK):
-                    block = buffer[start : start + CRC_BLOCK]
-                    last = start + len(block) == len(buffer)
-                    got += os.preadv(file, [block, stored_crc] if last else [block], offset + start)
-                    if self.verify:
-                        crc = layout.crc32c(block, crc)
-                if got != len(buffer) + layout.CRC_BYTES or (
-                    self.verify and crc != int.from_bytes(stored_crc, "little")
-                ):
-                    raise self._damaged(row)
-        finally:
-            os.close(file)
+        if len(self._files) < FILES_KEPT and self._files.setdefault(shard, file) == file:
+            weakref.finalize(self, os.close, file)
+        return file
 
     def _fill_remote(self, rows: list[int], buffers: list[memoryview]) -> None:
         """One request; a sample whose crc32c is wrong is asked for once more, as the wire may be at fault."""
         spans = [self._span(row) for row in rows]
         start = spans[0][0]
+        if isinstance(self.folder, ObjectFolder):
+            crcs = [memoryview(bytearray(layout.CRC_BYTES)) for _ in rows]
+            inside = [part for pair in zip(buffers, crcs, strict=True) for part in pair]
+            if self.folder.span_into(layout.shard_key(rows[0] // layout.ROWS_PER_SHARD), start, inside) and (
+                not self.verify or all(map(layout.is_whole, buffers, crcs))
+            ):
+                return
         chunk = memoryview(self._bytes(rows[0], start, sum(length for _, length in spans)))
         for row, buffer, (offset, length) in zip(rows, buffers, spans, strict=True):
             part = chunk[offset - start : offset - start + length]
-            if not self._whole(part):
-                part = memoryview(self._bytes(row, offset, length))
-                if not self._whole(part):
-                    raise self._damaged(row)
-            buffer[:] = part[: -layout.CRC_BYTES]
+            if not self._copy(part, buffer) and not self._copy(memoryview(self._bytes(row, offset, length)), buffer):
+                raise self._damaged(row)
 
     def _fill_cached(self, row: int, buffer: memoryview) -> None:
         """From the cache, else from the store into both."""
@@ -279,12 +294,18 @@ class FeatureStore:
         self._fill_remote([row], [buffer])
         self._cache.put(row, b"".join([buffer, layout.crc_bytes(buffer)]))
 
-    def _whole(self, chunk: memoryview) -> bool:
-        """Whether a sample with its crc32c has its length and, if that is asked for, its checksum."""
-        if len(chunk) != self.sample_bytes + layout.CRC_BYTES:
+    def _copy(self, chunk: memoryview, buffer: memoryview) -> bool:
+        """Copy a sample that is followed by its crc32c; whether it is whole and, if that is asked for, undamaged."""
+        if len(chunk) != len(buffer) + layout.CRC_BYTES:
             return False
-        body, crc = chunk[: -layout.CRC_BYTES], chunk[-layout.CRC_BYTES :]
-        return not self.verify or layout.crc_bytes(body) == bytes(crc)
+        crc = 0
+        for start in range(0, len(buffer), COPY_BLOCK):
+            block = chunk[start : min(start + COPY_BLOCK, len(buffer))]
+            if self.verify:
+                crc = layout.crc32c(block, crc)
+            # NumPy, as it lets other threads run meanwhile.
+            np.copyto(np.frombuffer(buffer[start : start + len(block)], np.uint8), np.frombuffer(block, np.uint8))
+        return not self.verify or crc == int.from_bytes(chunk[len(buffer) :], "little")
 
     def _check(self, row: int, body: memoryview, crc: bytes) -> None:
         if len(body) != self.sample_bytes or (self.verify and layout.crc_bytes(body) != crc):
@@ -293,12 +314,13 @@ class FeatureStore:
     def _span(self, row: int) -> tuple[int, int]:
         """Offset and length in its shard of a sample with its crc32c."""
         shard, slot = divmod(row, layout.ROWS_PER_SHARD)
-        offset, length = (int(v) for v in self._shard_index(shard)[slot])
+        index = self._index.get(shard)
+        offset, length = (self._shard_index(shard) if index is None else index)[slot]
         if offset == layout.MISSING or length != self.sample_bytes + layout.CRC_BYTES:
             raise self._damaged(row)
         return offset, length
 
-    def _shard_index(self, shard: int) -> np.ndarray:
+    def _shard_index(self, shard: int) -> list[list[int]]:
         """A shard's index, from memory once it has been read."""
         if shard not in self._index:
             for _ in range(1 if self._path is not None else 2):  # the wire may be at fault
@@ -308,7 +330,7 @@ class FeatureStore:
                     break
             else:
                 raise StoreError(f"{self.url}: shard {shard} has a damaged index (truncated?); {self._cure()}")
-            self._index[shard] = index
+            self._index[shard] = index.tolist()
         return self._index[shard]
 
     def _bytes(self, row: int, offset: int, length: int) -> Bytes:
