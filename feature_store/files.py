@@ -257,6 +257,12 @@ class ObjectFolder(Folder):
             )
         ObjectFolder._started_in = os.getpid()
 
+    def _refused(self, key: str, error: BaseException) -> StoreError:
+        return StoreError(
+            f"{self.url}/{key}: the object store refuses ({_first_line(error)}); check the credentials in the "
+            "environment and what they allow"
+        )
+
     def _try(self, key: str, request: Callable[[], T]) -> T:
         """The request, tried again while the server fails: obstore itself tries only what is safe by HTTP's rules."""
         from obstore import exceptions
@@ -268,15 +274,14 @@ class ObjectFolder(Folder):
             except (exceptions.NotFoundError, FileNotFoundError):
                 raise FileNotFoundError(f"{self.url}/{key}") from None
             except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError) as error:
-                raise StoreError(
-                    f"{self.url}/{key}: the object store refuses ({_first_line(error)}); check the credentials in the "
-                    "environment and what they allow"
-                ) from None
+                raise self._refused(key, error) from None
             except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
                 raise
             except exceptions.NotSupportedError as error:
                 raise StoreError(f"{self.url}/{key}: not possible there: {_first_line(error)}") from None
             except (exceptions.BaseError, OSError) as error:
+                if "403 Forbidden" in str(error) or "401 Unauthorized" in str(error):  # listing has no error of its own
+                    raise self._refused(key, error) from None
                 if attempt == TRIES - 1:
                     raise StoreFault(
                         f"{self.url}/{key}: the object store failed {TRIES} times, at last with: "

@@ -4,7 +4,6 @@ import errno
 import io
 import struct
 from pathlib import Path
-from typing import IO
 
 import fsspec
 import numpy as np
@@ -87,8 +86,7 @@ def to_input(
 
 def _open(path: Source) -> Image.Image:
     try:
-        with _file(path) as file:
-            data = file.read()
+        data = _bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: expected an image file, found nothing there; check the path") from None
     except (PermissionError, IsADirectoryError) as error:
@@ -114,8 +112,9 @@ def _open(path: Source) -> Image.Image:
     return image
 
 
-def _file(path: Source) -> IO[bytes]:
-    """A path of this machine or any fsspec URL, opened."""
+def _bytes(path: Source) -> bytes:
+    """The file at a path of this machine or at any fsspec URL."""
     if isinstance(path, str) and "://" in path:
-        return fsspec.open(path, "rb").open()
-    return Path(path).open("rb") if isinstance(path, str) else path.open("rb")
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    return (Path(path) if isinstance(path, str) else path).read_bytes()

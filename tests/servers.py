@@ -85,6 +85,7 @@ class FaultProxy:
 
     def __init__(self, upstream: str, share: float, seed: int = 0, slow_s: float = 1.5):
         self.host, self.share, self.slow_s = upstream.removeprefix("http://"), share, slow_s
+        self.answer_all: int | None = None
         self.injected: Counter[str] = Counter()
         self._random, self._lock = random.Random(seed), threading.Lock()
         proxy = self
@@ -127,6 +128,9 @@ class FaultProxy:
             return fault
 
     def handle(self, request: BaseHTTPRequestHandler) -> None:
+        if self.answer_all is not None:
+            request.rfile.read(int(request.headers.get("Content-Length", 0)))
+            return self.answer(request, self.answer_all, [], b"<Error><Code>AccessDenied</Code></Error>")
         fault = self.draw()
         length = int(request.headers.get("Content-Length", 0))
         body = request.rfile.read(length)
