@@ -147,6 +147,12 @@ class LocalFolder(Folder):
                 os.link(partial, target)  # fails if the target is there, unlike a rename
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                if os.path.exists(target):  # a file system without hard links: exclusive but for a race
+                    return False
+                os.replace(partial, target)
             finally:
                 _remove(partial)
         return True

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from feature_store import FeatureStore
+from feature_store import FeatureStore, tools
 from fsdino.encoder import build_encoder
 from fsdino.preprocess import read_image, resize_square, to_input
 from fsdino.segmenter import Segmenter
@@ -295,3 +296,21 @@ def test_a_report_holds_every_method(whole_run, places):
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
     assert set(rows[1:]) == {"prototype", "nearest", "compact", "4d"}
     assert result_of(done)["methods"]["4d"][str(FOLD)]["miou"] == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_extraction_and_training_on_s3_equal_those_on_disk(whole_run, places, s3_endpoint, tmp_path):
+    remote = f"s3://features/{uuid.uuid4().hex}/stores"
+    elsewhere = {**places, "--store": remote}
+    command("extract_features", *flags(elsewhere), "--coarse-res", 28)
+    for local in tools.find(str(places["--store"])):
+        url = f"{remote}/{Path(local).relative_to(places['--store'])}"
+        if "early" in url or "late" in url:
+            assert tools.difference(local, url)["equal"]
+        else:
+            tools.copy(local, url)
+    cached = ["--cache", tmp_path / "cache", "--cache-gb", 1]
+    arguments = [*flags(elsewhere), "--fold", FOLD, "--name", "from-s3", *cached]
+    result = result_of(command("train_episodic", *arguments))
+    assert result["loss"] == whole_run["4d"]["loss"]
+    assert len([p for p in (tmp_path / "cache").glob("*/*") if p.name.isdigit()]) > 10

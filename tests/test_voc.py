@@ -1,5 +1,6 @@
 import shutil
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,3 +60,14 @@ def test_class_names_may_have_spaces_and_the_folder_names_the_data_set(tmp_path,
     (root / "classes.txt").write_text("traffic light\nstop sign\n")
     dataset = VocDataset(root)
     assert dataset.class_names == ["traffic light", "stop sign"] and dataset.name == "street"
+
+
+def test_a_data_set_in_a_bucket_is_the_same_data_set(shapes_root, s3_endpoint):
+    fsspec.filesystem("s3").put(str(shapes_root), "features/shapes", recursive=True)
+    here, there = VocDataset(shapes_root), VocDataset("s3://features/shapes")
+    assert there.name == here.name == "shapes" and there.class_names == here.class_names
+    assert there.training_images(0) == here.training_images(0)
+    image_id = here.ids("train")[3]
+    assert np.array_equal(there.image(image_id), here.image(image_id))
+    assert np.array_equal(there.label(image_id), here.label(image_id))
+    assert str(there.image_path(image_id)) == f"s3://features/shapes/JPEGImages/{image_id}.jpg"

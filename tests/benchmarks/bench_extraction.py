@@ -151,8 +151,8 @@ def main(settings: Settings) -> None:
     lines = [
         "# Extraction",
         "",
-        f"`python -m tests.benchmarks.bench_extraction` at commit {commit.stdout.strip()}, "
-        f"{time.strftime('%Y-%m-%d')}: recipe `{settings.recipe}`, {settings.images} images, {settings.rounds} rounds, {actors} actors of {threads} "
+        f"`python -m tests.benchmarks.bench_extraction` at commit {commit.stdout.strip()}, {time.strftime('%Y-%m-%d')}:",
+        f"recipe `{settings.recipe}`, {settings.images} images, {settings.rounds} rounds, {actors} actors of {threads}",
         f"thread, {os.cpu_count()} cores, Python {platform.python_version()}.",
         "",
         "| | images/s, each round | time over the bare loop's, median of rounds |",
