@@ -151,7 +151,7 @@ def main(settings: Settings) -> None:
     lines = [
         "# Extraction",
         "",
-        f"`python -m tests.benchmarks.bench_extraction` at commit {commit.stdout.strip()}, {time.strftime('%Y-%m-%d')}:",
+        f"`python -m tests.benchmarks.bench_extraction` at commit {commit.stdout.strip()}, {time.strftime('%F')}:",
         f"recipe `{settings.recipe}`, {settings.images} images, {settings.rounds} rounds, {actors} actors of {threads}",
         f"thread, {os.cpu_count()} cores, Python {platform.python_version()}.",
         "",
