@@ -8,8 +8,7 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 import fsspec
 import numpy as np
@@ -18,7 +17,7 @@ import pytest
 
 from feature_store import FeatureStore, Fingerprint, Row, ShardWriter, StoreError, StoreFault, create
 from feature_store.layout import shard_rows
-from tests.conftest import command, result_of
+from tests.conftest import ROOT, command, result_of
 from tests.servers import FAULTS, FaultProxy, environment, free_port
 
 FINGERPRINT = Fingerprint(
@@ -164,8 +163,10 @@ def test_a_writer_killed_at_25_random_moments_leaves_nothing_wrong(tmp_path, und
 
 def processes(root, *words):
     """Living processes below one whose command line holds all the words."""
-    found = []
-    for process in psutil.Process(root).children(recursive=True):
+    found, family = [], []
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(root).children(recursive=True)
+    for process in family:
         try:
             if all(word in " ".join(process.cmdline()) for word in words):
                 found.append(process)
@@ -175,41 +176,53 @@ def processes(root, *words):
 
 
 def kill_until_done(arguments, folder, rng, kills):
-    """Run an extraction and kill driver, actor or raylet at random moments, `kills` times; then let it end."""
-    done = {"driver": 0, "actor": 0, "raylet": 0}
-    while True:
-        line = [sys.executable, "-m", "pipelines.extract_features", *map(str, arguments)]
-        log = open(folder.parent / f"{folder.name}-{sum(done.values())}.log", "w")
-        job = subprocess.Popen(line, cwd=Path(__file__).parents[1], stdout=log, stderr=log, start_new_session=True)
-        before, began = len(list(folder.glob("markers/*"))), time.monotonic()
-        victim = rng.choice(["driver", "driver", "actor", "raylet"])
-        early = rng.random() < 0.2  # somewhere in the start, else somewhere in the work
-        wait = rng.uniform(0, 20) if early else rng.uniform(0, 4)
-        while sum(done.values()) < kills and job.poll() is None:
-            begun = early or len(list(folder.glob("markers/*"))) > before
-            if not begun:
-                began = time.monotonic()
-            if begun and time.monotonic() - began > wait:
-                words = {"actor": ("ray::", "Compute"), "raylet": ("raylet/raylet",)}
-                found = [psutil.Process(job.pid)] if victim == "driver" else processes(job.pid, *words[victim])
-                if found:
-                    rng.choice(found).kill()
-                    done[victim] += 1
-                    began, wait, early = time.monotonic(), rng.uniform(0, 10), True
-                    if victim == "driver":
-                        break
-                    victim = rng.choice(["driver", "actor", "raylet"])
-            time.sleep(0.05)
-        try:
+    """Run an extraction and kill driver, actor or raylet at random moments, `kills` times; then let it end.
+
+    What a killed driver leaves running goes on for as long as it likes, beside the job that is started next.
+    """
+    done, sessions = {"driver": 0, "actor": 0, "raylet": 0}, []
+    logs = folder.parents[2]
+    logs.mkdir(parents=True)
+    try:
+        while True:
+            line = [sys.executable, "-m", "pipelines.extract_features", *map(str, arguments)]
+            log = logs / f"{len(sessions)}.log"
+            with log.open("w") as out:
+                job = subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+            sessions.append(job.pid)
+            disturb(job, folder, rng, kills, done)
             code = job.wait(300)
-        finally:
-            for process in processes(job.pid) if psutil.pid_exists(job.pid) else []:
-                process.kill()
-        if code == 0:
-            return done
-        assert code in (-signal.SIGKILL, 1), Path(log.name).read_text()[-3000:]
-        if code == 1:  # Ray lost its raylet: one line, not a traceback
-            assert "error: Ray broke down" in Path(log.name).read_text(), Path(log.name).read_text()[-3000:]
+            if code == 0:
+                return done
+            assert code in (-signal.SIGKILL, 1), log.read_text()[-3000:]
+            if code == 1:  # Ray lost its raylet: one line, not a traceback
+                assert "error: Ray broke down" in log.read_text(), log.read_text()[-3000:]
+    finally:
+        for session in sessions:
+            with suppress(ProcessLookupError):
+                os.killpg(session, signal.SIGKILL)
+
+
+def disturb(job, folder, rng, kills, done):
+    """Kill at random moments until the job is gone or `kills` are done: now and then in its start, else in its work."""
+    words = {"actor": ("ray::", "Compute"), "raylet": ("raylet/raylet",)}
+    before, began, early = len(list(folder.glob("markers/*"))), time.monotonic(), rng.random() < 0.2
+    victim, wait = rng.choice(["driver", "driver", "actor", "raylet"]), rng.uniform(0, 20 if early else 4)
+    while sum(done.values()) < kills and job.poll() is None:
+        time.sleep(0.02)
+        if not early and len(list(folder.glob("markers/*"))) == before:
+            began = time.monotonic()
+        if time.monotonic() - began < wait:
+            continue
+        found = [psutil.Process(job.pid)] if victim == "driver" else processes(job.pid, *words[victim])
+        if found:
+            with suppress(psutil.NoSuchProcess):
+                rng.choice(found).kill()
+                done[victim] += 1
+            if victim == "driver":
+                return
+            began, wait, early = time.monotonic(), rng.uniform(0, 10), True
+            victim = rng.choice(["driver", "actor", "raylet"])
 
 
 def extraction(shapes_root, store, views):
