@@ -53,56 +53,83 @@ class Encoder(Protocol):
         ...
 
 
-class DinoV2Encoder(nn.Module):
-    """A DINOv2 ViT of timm: `early` is block 3 (index 2) before the final norm, `late` the last block after it."""
+class _VitEncoder(nn.Module):
+    """What encoders made of a ViT of timm share: `early` is block 3 (index 2), `late` the last block.
 
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    `early_norm` and `late_norm` say whether the final norm is applied to each; by default to `late` alone.
+    """
+
     vit: Any
 
-    def __init__(self, vit: Any, name: str):
+    def __init__(self, vit: Any, name: str, early_norm: bool, late_norm: bool):
         super().__init__()
         self.vit = vit.eval().requires_grad_(False)
-        self.name = name
+        self.name, self.early_norm, self.late_norm = name, early_norm, late_norm
         self.early_channels: int = vit.embed_dim
         self.late_channels: int = vit.embed_dim
         self.patch_px = vit.patch_embed.patch_size[0]
-        self.early_index = min(paper.EARLY_LAYER, len(vit.blocks)) - 1
-        self.layers = f"early=block{self.early_index} late=block{len(vit.blocks) - 1}+norm"
+        self.late_index = len(vit.blocks) - 1
+        self.early_index = min(paper.EARLY_LAYER - 1, self.late_index)
+        norms = ("+norm" if early_norm else "", "+norm" if late_norm else "")
+        self.layers = f"early=block{self.early_index}{norms[0]} late=block{self.late_index}{norms[1]}"
         self.digest = state_digest(vit)
 
     def grid(self, res_px: int) -> int:
         """Patches along a side."""
-        below = res_px - res_px % self.patch_px
-        if below != res_px:
+        if res_px % self.patch_px:
+            below = res_px - res_px % self.patch_px
             raise UserError(f"--res {res_px}: {self.name} needs a multiple of {self.patch_px}; {below} is one")
         return res_px // self.patch_px
+
+
+class DinoV2Encoder(_VitEncoder):
+    """DINOv2, plain or with registers, with the official code's position embeddings at any multiple of the patch."""
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(self, vit: Any, name: str, early_norm: bool = False, late_norm: bool = True):
+        super().__init__(vit, name, early_norm, late_norm)
+        self._positions: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(self, x: Float[Tensor, "b 3 r r"]) -> Features:
         """Features of a normalised batch."""
         early = late = self._early_tokens(x)
         for block in self.vit.blocks[self.early_index + 1 :]:
             late = block(late)
-        return Features(self._map(early), self._map(self.vit.norm(late)))
+        return Features(self._map(early, self.early_norm), self._map(late, self.late_norm))
 
     def early(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b c g g"]:
         """The early features alone, for a quarter of the work."""
-        return self._map(self._early_tokens(x))
+        return self._map(self._early_tokens(x), self.early_norm)
 
     def _early_tokens(self, x: Tensor) -> Tensor:
         vit = self.vit
-        tokens = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
-        cls = vit.cls_token.expand(len(x), -1, -1)
-        table = position_embedding(vit.pos_embed, x.shape[-1] // self.patch_px)
-        tokens = torch.cat([cls, tokens], dim=1) + table.to(tokens.dtype)
+        patches = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        first = [vit.cls_token.expand(len(x), -1, -1)]
+        positions = self._position(x.shape[-1] // self.patch_px).to(patches.dtype)
+        if vit.reg_token is not None:  # timm adds the class token's position to the token itself
+            first.append(vit.reg_token.expand(len(x), -1, -1))
+            tokens = torch.cat([*first, patches + positions], dim=1)
+        else:
+            tokens = torch.cat([*first, patches], dim=1) + positions
         for block in vit.blocks[: self.early_index + 1]:
             tokens = block(tokens)
         return tokens
 
-    @staticmethod
-    def _map(tokens: Tensor) -> Tensor:
-        """Patch tokens behind the class token as a square map."""
-        grid = math.isqrt(tokens.shape[1] - 1)
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
+    def _position(self, grid: int) -> Tensor:
+        """The position embedding at a grid."""
+        table = self.vit.pos_embed
+        key = (grid, table.device)
+        if key not in self._positions:
+            resize = position_embedding if self.vit.reg_token is None else register_position_embedding
+            self._positions[key] = resize(table, grid)
+        return self._positions[key]
+
+    def _map(self, tokens: Tensor, norm: bool) -> Tensor:
+        """Patch tokens behind class token and registers, as a square map."""
+        patches = (self.vit.norm(tokens) if norm else tokens)[:, self.vit.num_prefix_tokens :]
+        grid = math.isqrt(patches.shape[1])
+        return patches.transpose(1, 2).unflatten(2, (grid, grid))
 
 
 def position_embedding(table: Float[Tensor, "1 n c"], grid: int) -> Float[Tensor, "1 m c"]:
@@ -115,6 +142,40 @@ def position_embedding(table: Float[Tensor, "1 n c"], grid: int) -> Float[Tensor
     scale = (grid + 0.1) / side
     patches = F.interpolate(patches, scale_factor=(scale, scale), mode="bicubic", antialias=False)
     return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def register_position_embedding(table: Float[Tensor, "1 n c"], grid: int) -> Float[Tensor, "1 m c"]:
+    """As position_embedding, for the models with registers, whose table is without the class token here: to the very
+    size, bicubic with antialiasing."""
+    side = math.isqrt(table.shape[1])
+    if side == grid:
+        return table
+    patches = table.transpose(1, 2).unflatten(2, (side, side)).float()
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True)
+    return patches.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+class TimmVitEncoder(_VitEncoder):
+    """Any other ViT of timm, through timm's own forward: all that a new family of backbones takes."""
+
+    def __init__(self, vit: Any, name: str, early_norm: bool = False, late_norm: bool = True):
+        super().__init__(vit, name, early_norm, late_norm)
+        self.mean, self.std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
+
+    def forward(self, x: Float[Tensor, "b 3 r r"]) -> Features:
+        """Features of a normalised batch."""
+        early, late = self._layers(x, [self.early_index, self.late_index])
+        return Features(self._normed(early, self.early_norm), self._normed(late, self.late_norm))
+
+    def early(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b c g g"]:
+        """The early features alone."""
+        return self._normed(self._layers(x, [self.early_index])[0], self.early_norm)
+
+    def _layers(self, x: Tensor, indices: list[int]) -> list[Tensor]:
+        return self.vit.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
+
+    def _normed(self, features: Tensor, norm: bool) -> Tensor:
+        return self.vit.norm(features.movedim(1, -1)).movedim(-1, 1) if norm else features
 
 
 class EfficientNetLiteEncoder(nn.Module):
@@ -158,34 +219,60 @@ class EfficientNetLiteEncoder(nn.Module):
 
 
 DINOV2_TIMM = {
-    "dinov2_vits14": "vit_small_patch14_dinov2",
-    "dinov2_vitb14": "vit_base_patch14_dinov2",
-    "dinov2_vitl14": "vit_large_patch14_dinov2",
+    f"dinov2_vit{letter}14{reg}": f"vit_{size}_patch14_{'reg4_' if reg else ''}dinov2"
+    for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
+    for reg in ("", "_reg")
 }
+DINOV3_TIMM = {
+    f"dinov3_vit{letter}16": f"vit_{size}_patch16_dinov3"
+    for letter, size in {"s": "small", "b": "base", "l": "large"}.items()
+}
+LITE = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
 
 
-def build_encoder(name: str, weights: str | None = None, seed: int = 0) -> Encoder:
-    """The encoder called `name`, frozen, with the publisher's weights or those of the local file `weights`.
+def build_encoder(
+    name: str, weights: str | None = None, seed: int = 0, early_norm: bool = False, late_norm: bool = True
+) -> Encoder:
+    """The encoder called `name`, frozen, with the publisher's weights or those that `weights` names.
 
-    `tiny_vit` is a four-block ViT of DINOv2's architecture with random weights from `seed`, for tests.
+    `weights` is a local file or a hub id, `hf:ORGANISATION/NAME`, under the publisher's names or timm's. `early_norm`
+    and `late_norm`: apply the ViT's final norm to the layer. `tiny_vit` is a four-block ViT of DINOv2's architecture
+    with random weights from `seed`, for tests.
     """
     if name in DINOV2_TIMM:
         vit = timm.create_model(DINOV2_TIMM[name], pretrained=False, num_classes=0)
         load_state(vit, name, weights, convert=_dinov2_to_timm)
-        return DinoV2Encoder(vit, name)
+        return DinoV2Encoder(vit, name, early_norm, late_norm)
+    if name in DINOV3_TIMM:  # its publisher hands it out only to those who sign, timm's copy is on the hub
+        vit = timm.create_model(DINOV3_TIMM[name], pretrained=False, num_classes=0, dynamic_img_size=True)
+        load_state(vit, name, weights or f"hf:timm/{DINOV3_TIMM[name]}.lvd1689m")
+        return TimmVitEncoder(vit, name, early_norm, late_norm)
     if name == "tiny_vit":
-        return DinoV2Encoder(_tiny_vit(seed), name)
-    if name in ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"):
+        return DinoV2Encoder(_tiny_vit(seed), name, early_norm, late_norm)
+    if name in LITE:
+        if early_norm or not late_norm:
+            raise UserError(f"--early-norm, --no-late-norm: {name} has no final norm to apply or to leave out")
         return EfficientNetLiteEncoder(name)
-    known = ", ".join(
-        [*DINOV2_TIMM, "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "tiny_vit"]
+    raise UserError(
+        f"--encoder {name}: no such encoder; known are {', '.join([*DINOV2_TIMM, *DINOV3_TIMM, *LITE, 'tiny_vit'])}"
     )
-    raise UserError(f"--encoder {name}: no such encoder; known are {known}")
 
 
 def _dinov2_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2's published keys are timm's, apart from a token that is only used in pre-training."""
-    return {key: value for key, value in state.items() if key != "mask_token"}
+    """DINOv2's published names and layout to timm's.
+
+    The mask token is only used in pre-training; ViT-g's SwiGLU has other names; with registers, timm keeps the class
+    token's position in the token itself. A state that is timm's already stays as it is.
+    """
+    state = {key: value for key, value in state.items() if key != "mask_token"}
+    if "register_tokens" in state:
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    names = {".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
+    for old, new in names.items():
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return state
 
 
 def _tiny_vit(seed: int) -> Any:

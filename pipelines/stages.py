@@ -34,6 +34,7 @@ from fsdino.data.voc import VocDataset
 from fsdino.errors import UserError
 from fsdino.preprocess import read_image, resize_square, to_input
 from pipelines import tracking
+from pipelines.cli import ClusterFault
 from pipelines.recipes import Encoding, Extraction, Places
 
 Network = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
@@ -67,7 +68,10 @@ class Unit(NamedTuple):
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names, or start a local Ray for this process."""
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
+            raise ClusterFault(error) from error
         logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
@@ -338,10 +342,13 @@ def compute(
 ) -> Iterator[dict[str, Any]]:
     """The Ray Data job: what `Compute` returns, for each unit as it is finished.
 
-    Raises StoreFault if Ray itself breaks down; finished shards stay.
+    Raises ClusterFault if Ray itself breaks down; finished shards stay.
     """
     connect()
-    check_cluster(settings)
+    try:
+        check_cluster(settings)
+    except (RayError, ConnectionError) as error:
+        raise ClusterFault(error) from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     data = ray.data.from_items([{"units": pickle.dumps(units)} for units in items], override_num_blocks=len(items))
     # Tasks and actors ask for different amounts, else Ray Data would run the former inside the latter.
@@ -360,9 +367,8 @@ def compute(
         yield from finished.iter_rows()
     except RayTaskError:
         raise  # an error of ours inside a worker
-    except RayError as error:
-        first = str(error).strip().splitlines()[0]
-        raise StoreFault(f"Ray broke down ({first}); finished shards are kept, run the same command again") from error
+    except (RayError, ConnectionError) as error:
+        raise ClusterFault(error) from error
 
 
 def check_cluster(settings: Extraction) -> None:

@@ -1,10 +1,12 @@
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
 
-from fsdino.encoder import build_encoder, position_embedding
+from fsdino.encoder import DINOV2_TIMM, DinoV2Encoder, _dinov2_to_timm, build_encoder, position_embedding
 from fsdino.errors import UserError
+from tests import reference_dinov2
 
 
 @torch.no_grad()
@@ -48,13 +50,77 @@ def test_weights_of_another_seed_have_another_digest():
     assert build_encoder("tiny_vit", seed=0).digest != build_encoder("tiny_vit", seed=1).digest
 
 
-def test_published_dinov2_keys_load_and_the_mask_token_is_ignored(tmp_path):
-    """The published files have timm's keys plus `mask_token`; ViT-S at full size, random weights."""
-    vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
-    torch.save(vit.state_dict() | {"mask_token": torch.zeros(1, 384)}, tmp_path / "published.pth")
-    encoder = build_encoder("dinov2_vits14", str(tmp_path / "published.pth"))
-    assert encoder.grid(518) == 37 and encoder.late_channels == 384
-    assert torch.equal(encoder.vit.blocks[5].attn.qkv.weight, vit.blocks[5].attn.qkv.weight)
+@pytest.fixture(scope="module", params=["dinov2_vits14", "dinov2_vits14_reg"])
+def official(request, tmp_path_factory):
+    """ViT-S at full size with random weights under the published names: encoder and state."""
+    state = reference_dinov2.random_state("s", registers=4 if request.param.endswith("_reg") else 0)
+    path = tmp_path_factory.mktemp("weights") / "published.pth"
+    torch.save(state, path)
+    return build_encoder(request.param, str(path)), state
+
+
+@pytest.mark.parametrize("res", [518, 252, 126])
+@torch.no_grad()
+def test_features_equal_those_of_an_independent_implementation_bit_for_bit(official, res):
+    encoder, state = official
+    x = torch.randn(1, 3, res, res, generator=torch.Generator().manual_seed(res))
+    blocks, late = reference_dinov2.features(state, x, heads=6)
+    out = encoder(x)
+    assert encoder.grid(res) == res // 14 == out.early.shape[-1]
+    assert (out.early - blocks[2]).abs().max() == 0 and (out.late - late).abs().max() == 0
+    assert torch.equal(encoder.early(x), out.early)
+    assert (blocks[2] - blocks[11]).abs().mean() > 0.1  # layers 3 and 12 are not alike
+    # Spelt-out attention sums in another order.
+    blocks, late = reference_dinov2.features(state, x, heads=6, fused=False)
+    torch.testing.assert_close(out.early, blocks[2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.late, late, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_norms_of_both_layers_can_be_switched(official, tmp_path):
+    encoder, state = official
+    torch.save(state, tmp_path / "w.pth")
+    other = build_encoder(encoder.name, str(tmp_path / "w.pth"), early_norm=True, late_norm=False)
+    x = torch.randn(1, 3, 126, 126)
+    blocks, _ = reference_dinov2.features(state, x, heads=6)
+    normed = F.layer_norm(blocks[2].movedim(1, -1), (384,), state["norm.weight"], state["norm.bias"], 1e-6)
+    torch.testing.assert_close(other(x).early, normed.movedim(-1, 1))
+    assert torch.equal(other(x).late, blocks[11])
+    assert other.layers == "early=block2+norm late=block11" and encoder.layers == "early=block2 late=block11+norm"
+
+
+@pytest.mark.parametrize("kind", ["plain", "reg"])
+@torch.no_grad()
+def test_vit_g_has_its_own_feed_forward(kind):
+    """Two of its forty blocks at full width, as the whole has 4.5 GB."""
+    state = reference_dinov2.random_state("g", registers=4 if kind == "reg" else 0, blocks=2)
+    timm_name = DINOV2_TIMM["dinov2_vitg14" if kind == "plain" else "dinov2_vitg14_reg"]
+    vit = timm.create_model(timm_name, num_classes=0, depth=2)
+    vit.load_state_dict(_dinov2_to_timm(state))
+    x = torch.randn(1, 3, 70, 70)
+    blocks, late = reference_dinov2.features(state, x, heads=24)
+    out = DinoV2Encoder(vit, "g")(x)
+    assert torch.equal(out.early, blocks[1]) and torch.equal(out.late, late)
+
+
+def test_positions_of_a_grid_are_made_once(official):
+    encoder, _ = official
+    encoder(torch.randn(1, 3, 126, 126))
+    made = encoder._position(9)
+    assert encoder._position(9) is made
+
+
+@torch.no_grad()
+def test_dinov3_satisfies_the_same_contract(tmp_path):
+    vit = timm.create_model("vit_small_patch16_dinov3", num_classes=0, dynamic_img_size=True)
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    encoder = build_encoder("dinov3_vits16", str(tmp_path / "model.safetensors"))
+    x = torch.randn(2, 3, 96, 96)
+    out, vit = encoder(x), vit.eval()
+    everything = vit.forward_features(x)[:, vit.num_prefix_tokens :]
+    assert encoder.grid(96) == 6 and out.early.shape == out.late.shape == (2, 384, 6, 6)
+    torch.testing.assert_close(out.late, everything.transpose(1, 2).unflatten(2, (6, 6)))
+    assert torch.equal(encoder.early(x), out.early) and not torch.allclose(out.early, out.late, atol=0.1)
 
 
 @torch.no_grad()
