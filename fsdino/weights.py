@@ -82,7 +82,11 @@ def fetch(name: str, published: Published | None = None) -> Path:
         if target.exists():
             partial.unlink(missing_ok=True)
             return target
-        _download(published, out, target)
+        try:
+            _download(published, out, target)
+        finally:
+            if out.tell() == 0:
+                partial.unlink()
         _check(published, partial)
         partial.rename(target)
     return target

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from feature_store import Fingerprint, Row
-from fsdino.encoder import Encoder, build_encoder
 from fsdino.preprocess import PREPROCESSING
 from pipelines import stages
 from pipelines.cli import main
@@ -44,7 +43,7 @@ class Wanted(nn.Module):
 
     def __init__(self, encoding: Encoding):
         super().__init__()
-        self.encoder: Encoder = build_encoder(encoding.encoder, encoding.encoder_weights)
+        self.encoder = stages.encoder_of(encoding)
         self.mean, self.std = self.encoder.mean, self.encoder.std
 
     def forward(self, x: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
@@ -57,7 +56,7 @@ class Wanted(nn.Module):
 def job(settings: Settings) -> dict[str, Any]:
     """Plan, extract, seal."""
     encoding, extraction = settings.encoding, settings.extraction
-    encoder = build_encoder(encoding.encoder, encoding.encoder_weights)
+    encoder = stages.encoder_of(encoding)
     name, rows = stages.read_rows(settings.places, settings.images, settings.splits, encoding.num_views)
     _, plain = stages.read_rows(settings.places, settings.images, ["train"], num_views=1)
 

@@ -67,7 +67,12 @@ def job(settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         segmenter, record = Segmenter.load(training.fetch(settings.checkpoint, folder, checkpoint_files("segmenter")))
     encoding = record["encoder"]
-    encoder = build_encoder(encoding["encoder"], settings.encoder_weights or encoding["encoder_weights"])
+    encoder = build_encoder(
+        encoding["encoder"],
+        settings.encoder_weights or encoding["encoder_weights"],
+        early_norm=encoding.get("early_norm", False),
+        late_norm=encoding.get("late_norm", True),
+    )
     if encoder.digest != record["late"]["weights"]:
         raise UserError(
             f"{settings.checkpoint}: expected encoder weights {record['late']['weights']}, got {encoder.digest} "

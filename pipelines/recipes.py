@@ -34,13 +34,17 @@ class Encoding:
     """The frozen encoder and what it sees."""
 
     encoder: str
-    """dinov2_vits14, dinov2_vitb14, dinov2_vitl14, tf_efficientnet_lite0..2 or tiny_vit."""
+    """dinov2_vit{s,b,l,g}14, the same with _reg, dinov3_vit{s,b,l}16, tf_efficientnet_lite0..2 or tiny_vit."""
     res: int
     """Side of the square input, in pixels."""
     num_views: int
     """Views of each training image: 1 is the photograph alone, further ones are augmented."""
     encoder_weights: str | None = None
-    """A local weights file instead of the publisher's."""
+    """A local weights file, or hf:ORGANISATION/NAME on the hub, instead of the publisher's."""
+    early_norm: bool = False
+    """Apply the encoder's final norm to the early layer."""
+    late_norm: bool = True
+    """Apply the encoder's final norm to the late layer."""
     view_seed: int = 0
     """Seed of the augmented views."""
 
@@ -69,8 +73,8 @@ class Extraction:
     """CPU cores for each decoding task, of which there are as many as find room beside the actors."""
     forward_batch: int = 8
     """Images in one forward pass."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast of the forward pass."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of the forward pass; docs/networks.md has what the halves change."""
     compile: bool = False
     """Run the network through torch.compile; worth it for long jobs on GPUs."""
     dtype: Literal["float16", "float32", "int8"] = "float16"

@@ -31,6 +31,7 @@ from feature_store.lock import locked
 from fsdino.data.photographs import list_photographs, set_name
 from fsdino.data.views import draw_view
 from fsdino.data.voc import VocDataset
+from fsdino.encoder import Encoder, build_encoder
 from fsdino.errors import UserError
 from fsdino.preprocess import read_image, resize_square, to_input
 from pipelines import tracking
@@ -73,6 +74,12 @@ def connect() -> None:
         except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
             raise ClusterFault(error) from error
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def encoder_of(encoding: Encoding) -> Encoder:
+    """The frozen encoder that the settings name."""
+    weights = encoding.encoder_weights
+    return build_encoder(encoding.encoder, weights, early_norm=encoding.early_norm, late_norm=encoding.late_norm)
 
 
 def store_url(root: str, dataset: str, feature: str, res_px: int) -> str:
@@ -244,8 +251,8 @@ class Forward:
                 x = to_input(part, self.network.mean, self.network.std)  # type: ignore[attr-defined]
             else:
                 x = torch.from_numpy(part).movedim(-1, 1).float()
-            half = self.settings.precision == "bf16"
-            with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+            half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
+            with torch.autocast(self.device.type, half) if half else nullcontext():
                 features = self.network(x.to(self.device), wanted)
             for name in wanted:
                 outputs[name].append(features[name].float().movedim(1, -1).cpu().numpy())

@@ -2,27 +2,48 @@
 
 import hashlib
 import http.server
+import io
+import multiprocessing
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
+from segment_anything.build_sam import sam_model_registry
 
+from fsdino import weights
 from fsdino.encoder import build_encoder
 from fsdino.errors import UserError
+from fsdino.teacher import build_teacher, sam_decoder_state
 from fsdino.weights import PUBLISHED, Published, fetch, load_state
+from tests import reference_dinov2
 
 BODY = bytes(range(256)) * 5000
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `files`. The path says how: whole, ranged, cut or stuck (answers end after 400 kB), broken, absent."""
+
+    files: ClassVar[dict[str, bytes]] = {"file.pth": BODY}
+    asked: ClassVar[list[str]] = []
+
     def do_GET(self):
-        if self.path.startswith("/absent"):
-            self.send_error(404)
+        _, manner, name = self.path.split("/")
+        self.asked.append(self.headers.get("Range", ""))
+        if manner in ("absent", "broken"):
+            self.send_error(404 if manner == "absent" else 503)
             return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(BODY)))
+        body, first = self.files[name], 0
+        if manner in ("ranged", "cut") and "Range" in self.headers:
+            first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            if first >= len(body):
+                self.send_error(416)
+                return
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(body) - first))
         self.end_headers()
-        self.wfile.write(BODY[: len(BODY) // 2] if self.path.startswith("/cut") else BODY)
+        last = first + 400_000 if manner in ("cut", "stuck") else len(body)
+        self.wfile.write(body[first:last])
 
     def log_message(self, *arguments):
         pass
@@ -39,32 +60,121 @@ def server():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FSDINO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "WAIT_SECONDS", 0.001)
+    Handler.asked.clear()
     return tmp_path / "cache"
 
 
+MD5 = "md5:" + hashlib.md5(BODY).hexdigest()[:6]
+
+
 def test_a_download_is_checked_and_kept(server, cache):
-    published = Published(f"{server}/file.pth", "md5:" + hashlib.md5(BODY).hexdigest()[:6])
+    published = Published(f"{server}/whole/file.pth", MD5, len(BODY))
     path = fetch("name", published)
-    assert path == cache / "file.pth" and path.read_bytes() == BODY
+    assert path == cache / "file.pth" and path.read_bytes() == BODY and len(list(cache.iterdir())) == 1
     path.write_bytes(b"kept")
     assert fetch("name", published).read_bytes() == b"kept"  # not downloaded again
 
 
 def test_wrong_bytes_are_refused_and_leave_nothing_behind(server, cache):
     with pytest.raises(UserError, match="expected a file whose md5 begins with 000000"):
-        fetch("name", Published(f"{server}/file.pth", "md5:000000"))
+        fetch("name", Published(f"{server}/whole/file.pth", "md5:000000"))
+    with pytest.raises(UserError, match=f"expected 7 bytes, got {len(BODY)}"):
+        fetch("name", Published(f"{server}/whole/file.pth", None, 7))
     assert list(cache.iterdir()) == []
 
 
-def test_a_cut_connection_is_refused_and_leaves_nothing_behind(server, cache):
-    with pytest.raises(UserError, match=f"expected {len(BODY)} bytes, got {len(BODY) // 2}"):
-        fetch("name", Published(f"{server}/cut.pth", None))
-    assert list(cache.iterdir()) == []
+def test_a_connection_that_breaks_off_is_taken_up_where_it_was(server, cache):
+    path = fetch("name", Published(f"{server}/cut/file.pth", MD5, len(BODY)))
+    assert path.read_bytes() == BODY
+    assert Handler.asked == ["", "bytes=400000-", "bytes=800000-", "bytes=1200000-"]
 
 
-def test_an_unreachable_address_names_the_local_way(server, cache):
-    with pytest.raises(UserError, match=r"cannot download .*404.*; put the file at .*absent\.pth"):
-        fetch("name", Published(f"{server}/absent.pth", None))
+def test_a_later_call_goes_on_where_a_killed_one_stopped(server, cache):
+    cache.mkdir()
+    (cache / "file.pth.partial").write_bytes(BODY[:1000])
+    assert fetch("name", Published(f"{server}/ranged/file.pth", MD5)).read_bytes() == BODY
+    assert Handler.asked == ["bytes=1000-"]
+
+
+def test_a_download_that_was_killed_before_its_last_step_is_only_checked(server, cache):
+    cache.mkdir()
+    (cache / "file.pth.partial").write_bytes(BODY)
+    assert fetch("name", Published(f"{server}/ranged/file.pth", MD5)).read_bytes() == BODY
+
+
+def test_a_server_without_ranges_starts_from_the_beginning(server, cache):
+    cache.mkdir()
+    (cache / "file.pth.partial").write_bytes(b"something else")
+    assert fetch("name", Published(f"{server}/whole/file.pth", MD5)).read_bytes() == BODY
+
+
+def test_a_connection_that_never_gets_further_is_given_up(server, cache):
+    with pytest.raises(UserError, match=r"broke off after 400000 bytes\); run again to go on"):
+        fetch("name", Published(f"{server}/stuck/file.pth", None))
+    assert len(Handler.asked) == weights.TRIES
+
+
+def test_a_busy_server_is_asked_again_and_an_absent_file_is_not(server, cache):
+    with pytest.raises(UserError, match=r"cannot download .*503"):
+        fetch("name", Published(f"{server}/broken/file.pth", None))
+    assert len(Handler.asked) == weights.TRIES
+    with pytest.raises(UserError, match=r"cannot download .*404.* put the file at .*file\.pth, or name a local file"):
+        fetch("name", Published(f"{server}/absent/file.pth", None))
+    assert len(Handler.asked) == weights.TRIES + 1
+
+
+def test_two_processes_that_want_one_file_download_it_once(server, cache):
+    published = Published(f"{server}/whole/file.pth", MD5)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert len(set(pool.starmap(fetch, [("name", published)] * 4))) == 1
+    assert list(cache.iterdir()) == [cache / "file.pth"] and (cache / "file.pth").read_bytes() == BODY
+    assert len(Handler.asked) == 1
+
+
+def test_offline_nothing_is_asked_for(server, cache, monkeypatch):
+    monkeypatch.setenv("FSDINO_OFFLINE", "1")
+    with pytest.raises(
+        UserError, match=r"file\.pth: expected the weights of name, found none, and FSDINO_OFFLINE forbids"
+    ):
+        fetch("name", Published(f"{server}/whole/file.pth", MD5))
+    assert Handler.asked == []
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
+def test_a_full_size_file_of_official_names_is_fetched_and_loaded(server, cache, monkeypatch, name):
+    state = reference_dinov2.random_state("s", registers=4 if name.endswith("_reg") else 0)
+    file = io.BytesIO()
+    torch.save(state, file)
+    own = PUBLISHED[name].url.rsplit("/", 1)[1]
+    monkeypatch.setitem(Handler.files, own, file.getvalue())
+    monkeypatch.setitem(PUBLISHED, name, Published(f"{server}/ranged/{own}", None, len(file.getvalue())))
+    encoder = build_encoder(name)
+    assert torch.equal(encoder.vit.blocks[5].attn.qkv.weight, state["blocks.5.attn.qkv.weight"])
+    assert (cache / own).exists()
+
+
+@pytest.mark.slow
+def test_sams_full_size_checkpoint_is_fetched_and_loaded_into_teacher_and_decoder(server, cache, monkeypatch):
+    sam = sam_model_registry["vit_b"]()
+    file = io.BytesIO()
+    torch.save(sam.state_dict(), file)
+    body = file.getvalue()
+    monkeypatch.setitem(Handler.files, "sam.pth", body)
+    digest = "md5:" + hashlib.md5(body).hexdigest()[:6]
+    monkeypatch.setitem(PUBLISHED, "sam_vit_b", Published(f"{server}/ranged/sam.pth", digest, len(body)))
+    teacher, decoder = build_teacher("sam_vit_b"), sam_decoder_state("sam_vit_b")
+    assert torch.equal(teacher.image_encoder.patch_embed.proj.weight, sam.image_encoder.patch_embed.proj.weight)
+    gaussian = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+    assert torch.equal(decoder["encoding.gaussian"], gaussian) and len(Handler.asked) == 1
+
+
+def test_a_hub_id_that_cannot_be_had_says_so(cache, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="hf:timm/no-such-model: cannot be had from the hub"):
+        build_encoder("dinov2_vits14", "hf:timm/no-such-model")
+    with pytest.raises(UserError, match="expected hf:ORGANISATION/NAME"):
+        build_encoder("dinov2_vits14", "hf:alone")
 
 
 def test_weights_of_another_network_are_named_key_by_key(tmp_path):
