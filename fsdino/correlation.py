@@ -27,6 +27,9 @@ class CorrelationPrior(nn.Module):
     varies by 0.01 within an image, so the decoder sees nothing of the support and learns to do without it. Hence
     ReLU and He's start, support weights of fixed total, and a similarity map of unit scale within its image.
 
+    Support and query may come on any grid: other ones than the trained `grid` are resampled to it, the support's
+    features before the correlation, the query's correlation after its first reduction.
+
     `contrast` lets the support's background weigh against its foreground; without it only the masked support counts.
     `small` starts the logits at a tenth, as a correction to something rather than the whole.
     """
@@ -53,6 +56,7 @@ class CorrelationPrior(nn.Module):
 
     def kernel(self, late: Float[Tensor, "b c g g"], weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b k c"]:
         """`W F_s` of one support image each; the mean over shots is the kernel of the shots together."""
+        late, weights = _to_grid(late, self.grid), _to_grid(weights[:, None], self.grid)[:, 0]
         masked = F.normalize(late, dim=1) * self.position_weights(weights)[:, None]
         return torch.einsum("kp,bcp->bkc", self.support_reduce.weight[:, :, 0, 0], masked.flatten(2))
 
@@ -75,13 +79,13 @@ class CorrelationPrior(nn.Module):
         cosine = torch.einsum("bkc,bcp->bkp", kernel, F.normalize(query, dim=1).flatten(2))
         bias = self.support_reduce.bias
         assert bias is not None
-        reduced = cosine.unflatten(2, query.shape[-2:]) + bias[:, None, None]
+        reduced = _to_grid(cosine.unflatten(2, query.shape[-2:]), self.grid) + bias[:, None, None]
         return self.decode(F.relu(reduced), similarity)
 
     def decode(
-        self, reduced: Float[Tensor, "b k g g"], similarity: Float[Tensor, "b 1 g g"]
+        self, reduced: Float[Tensor, "b k g g"], similarity: Float[Tensor, "b 1 q q"]
     ) -> Float[Tensor, "b 1 m m"]:
-        """Everything after the first convolution, shared by the fused form and by its plain reference."""
+        """Everything after the first convolution, with m = 4q; shared by the fused form and by its plain reference."""
         evidence = to_unit_scale(similarity, centre=not self.contrast)
         s1 = F.relu(self.query_reduce(reduced))  # b (support positions) h h
         h = self.reduced_grid
@@ -92,5 +96,12 @@ class CorrelationPrior(nn.Module):
             x = F.relu(conv(x))
             x = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
         x = self.head[-1](x)
-        side = paper.PRIOR_UPSCALE * self.grid
+        side = paper.PRIOR_UPSCALE * similarity.shape[-1]
         return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def _to_grid(x: Float[Tensor, "b c h h"], grid: int) -> Float[Tensor, "b c g g"]:
+    """The map itself, or resampled to another grid, bilinear with antialiasing."""
+    if x.shape[-1] == grid:
+        return x
+    return F.interpolate(x, size=(grid, grid), mode="bilinear", align_corners=False, antialias=True)

@@ -70,3 +70,23 @@ def test_position_weights_have_one_total_whatever_the_size_of_the_object():
     torch.testing.assert_close(against[1, 0, 0], torch.tensor(0.5))
     torch.testing.assert_close(against[1, 3, 0], torch.tensor(-0.5))
     torch.testing.assert_close(against.sum((1, 2)), torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_other_grids_of_support_and_query_are_taken():
+    torch.manual_seed(0)
+    module = CorrelationPrior(6, channels=8)
+    late, query = torch.randn(2, 10, 9, 9), torch.randn(2, 10, 13, 13)
+    weights = mask_to_grid((torch.rand(2, 40, 40) > 0.5).float(), 9)
+    kernel = module.kernel(late, weights)
+    similarity = prototype_similarity(masked_mean(late, weights), query)
+    assert module(kernel, query, similarity).shape == (2, 1, 52, 52)
+    smaller = [F.interpolate(x, size=(6, 6), mode="bilinear", antialias=True) for x in (late, weights[:, None])]
+    torch.testing.assert_close(kernel, module.kernel(smaller[0], smaller[1][:, 0]))
+
+
+def test_a_larger_query_of_constant_features_has_the_prior_of_a_smaller_one():
+    torch.manual_seed(0)
+    module = CorrelationPrior(6, channels=8)
+    kernel, feature = torch.randn(1, 8, 10), torch.randn(1, 10, 1, 1)
+    priors = [module(kernel, feature.expand(1, 10, g, g), torch.ones(1, 1, g, g)) for g in (6, 12)]
+    torch.testing.assert_close(F.interpolate(priors[1], scale_factor=0.5, mode="area"), priors[0], atol=0.05, rtol=0.1)
