@@ -29,7 +29,12 @@ Url = tyro.conf.Positional[str]
 
 def ls(root: Url) -> dict[str, Any]:
     """List the stores below a path or URL: samples, bytes, what made them, and how far they have come."""
-    stores = [tools.describe(url) for url in tools.find(root)]
+    stores = []
+    for url in tools.find(root):
+        try:
+            stores.append(tools.describe(url))
+        except StoreError as error:  # another Zarr array, or a damaged store
+            print(error)
     for s in stores:
         state = "sealed" if s["sealed"] else f"{s['done']} of {s['shards']} shards"
         print(f"{s['url']}  {s['samples']} samples  {s['bytes'] / 1e9:.2f} GB {s['dtype']}  {s['model']}  {state}")
@@ -69,15 +74,16 @@ def diff(first: Url, second: Url) -> dict[str, Any]:
     return tools.difference(first, second)
 
 
-def gc(root: Url, delete: bool = False) -> dict[str, Any]:
+def gc(root: Url, delete: bool = False, older_than_hours: float = 1) -> dict[str, Any]:
     """List what killed jobs left behind below a path or URL.
 
     Args:
         root: One store, or any folder above stores.
         delete: Remove it, instead of only listing it.
+        older_than_hours: Leave alone what is younger.
     """
-    result = tools.garbage(root, delete)
-    for name in [*result["files"], *result["uploads"]]:
+    result = tools.garbage(root, delete, older_than_hours)
+    for name in [*result["files"], *result["uploads"], *result["left_alone"]]:
         print(name)
     return result
 

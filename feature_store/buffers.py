@@ -4,8 +4,9 @@ Fresh memory costs a page fault for every 4 KB, which for batches of features ta
 """
 
 import math
+import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 
 import numpy as np
 
@@ -17,33 +18,30 @@ class Buffers:
     """Hands out arrays. An array's memory comes back when it and all views of it are gone; at most 1 GB waits."""
 
     def __init__(self) -> None:
-        self._free: OrderedDict[int, deque[np.ndarray]] = OrderedDict()
-        self._waiting = 0
+        self._waiting: deque[np.ndarray] = deque()
+        self._lock = threading.RLock()  # a finaliser may run in the middle of `empty`
 
     def empty(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
         """As np.empty."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size < SMALLEST_BYTES:
             return np.empty(shape, dtype)
-        try:
-            block = self._free[size].pop()
-            self._waiting -= size
-        except (KeyError, IndexError):
-            block = np.empty(size, np.uint8)
+        block = self._block(size)
         # Views refer to this array, not to the block, whose owner is hidden from them by the memoryview.
         array = np.frombuffer(memoryview(block.data), dtype)
         weakref.finalize(array, self._take_back, block).atexit = False
         return array.reshape(shape)
 
+    def _block(self, size: int) -> np.ndarray:
+        with self._lock:
+            for position, block in enumerate(self._waiting):
+                if block.nbytes == size:
+                    del self._waiting[position]
+                    return block
+        return np.empty(size, np.uint8)
+
     def _take_back(self, block: np.ndarray) -> None:
-        size = block.nbytes
-        self._free.setdefault(size, deque()).append(block)
-        self._free.move_to_end(size)
-        self._waiting += size
-        while self._waiting > KEPT_BYTES:
-            oldest = next(iter(self._free))
-            if self._free[oldest]:
-                self._free[oldest].pop()
-                self._waiting -= oldest
-            else:
-                del self._free[oldest]
+        with self._lock:
+            self._waiting.append(block)
+            while sum(waiting.nbytes for waiting in self._waiting) > KEPT_BYTES:
+                self._waiting.popleft()

@@ -25,7 +25,8 @@ from feature_store.errors import StoreError, StoreFault
 
 T = TypeVar("T")
 Bytes = bytes | memoryview
-REQUEST_SECONDS = 60.0  # for one request, body included; FSDINO_STORE_TIMEOUT overrides it
+REQUEST_SECONDS = 120.0  # for one request, body included; FSDINO_STORE_TIMEOUT overrides it
+PATIENCE_SECONDS = 180.0  # after which no further try is made
 SIGNED_SECONDS = 3600.0  # for how long an address is signed; it is used for half of that
 TRIES = 6
 BACKOFF_SECONDS = 0.2  # doubled at each try, and drawn at random up to that
@@ -61,33 +62,46 @@ class Folder(ABC):
         """Base names of the files in a folder, sorted; none if it is not there."""
 
 
+def is_url(place: str) -> bool:
+    """Whether a place is a URL (or a chain of them) rather than a path, which may hold a colon."""
+    return "://" in place or "::" in place
+
+
 def absolute(url: str) -> str:
     """The URL, or the absolute form of a local path, so that every process means the same place.
 
     Raises StoreError if the URL carries credentials: they would end in logs, manifests and tracking.
     """
-    parts = urlsplit(url)
-    if not parts.scheme:
+    if not is_url(url):
         return os.path.abspath(url)
-    if "@" in parts.netloc:
+    if url != redacted(url):
         raise StoreError(
-            f"{parts.scheme}://***@{parts.netloc.rsplit('@', 1)[1]}{parts.path}: expected a URL without credentials; "
-            "put them into the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+            f"{redacted(url)}: expected a URL without credentials or a query; put credentials into the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
         )
     return url
 
 
-def redacted(url: str) -> str:
-    """A source as it may be written down: without credentials and without the query that may hold a signature."""
-    parts = urlsplit(url)
-    if not parts.scheme or "://" not in url:
+def redacted(place: str) -> str:
+    """A place as it may be written down: without credentials, and without queries, which may hold a signature."""
+    if not is_url(place):
+        return place
+    return "::".join(_plain(part) for part in place.split("::"))
+
+
+def _plain(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    if not separator:
         return url
-    return urlunsplit((parts.scheme, parts.netloc.rsplit("@", 1)[-1], parts.path, "", ""))
+    host, slash, path = rest.partition("/")
+    if scheme in ("http", "https"):
+        path = path.partition("?")[0]
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def local_path(url: str) -> str | None:
     """The path of a local store, None for a remote one."""
-    if not urlsplit(url).scheme:
+    if not is_url(url):
         return url
     return url.removeprefix("file://") if url.startswith("file://") else None
 
@@ -100,10 +114,15 @@ def open_folder(url: str) -> Folder:
         return LocalFolder(url, path)
     if urlsplit(url).scheme in ("s3", "http", "https"):
         return ObjectFolder(url)
+    return FsspecFolder(url)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system and path of a URL. Raises StoreError if the scheme is unknown or lacks its driver."""
     try:
-        return FsspecFolder(url)
-    except (ValueError, ImportError) as error:  # fsspec's words for an unknown scheme or a missing driver
-        raise StoreError(f"{url}: expected a path or an fsspec URL, got: {error}") from None
+        return fsspec.url_to_fs(absolute(url))
+    except (ValueError, ImportError) as error:
+        raise StoreError(f"{redacted(url)}: expected a path or an fsspec URL, got: {error}") from None
 
 
 class LocalFolder(Folder):
@@ -114,12 +133,12 @@ class LocalFolder(Folder):
 
     def read(self, key: str) -> Bytes:
         """See Folder."""
-        with _place(self.url, key), open(os.path.join(self.path, key), "rb") as file:
+        with place(self.url, key), open(os.path.join(self.path, key), "rb") as file:
             return file.read()
 
     def span(self, key: str, start: int, length: int) -> Bytes:
         """See Folder."""
-        with _place(self.url, key), open(os.path.join(self.path, key), "rb", buffering=0) as file:
+        with place(self.url, key), open(os.path.join(self.path, key), "rb", buffering=0) as file:
             begin = start if start >= 0 else max(os.fstat(file.fileno()).st_size + start, 0)
             return os.pread(file.fileno(), length, begin)
 
@@ -127,7 +146,7 @@ class LocalFolder(Folder):
         """See Folder. A killed write leaves a `.partial` file, which `gc` removes."""
         target = os.path.join(self.path, key)
         partial = f"{target}.{uuid.uuid4().hex}.partial"
-        with _place(self.url, key):
+        with place(self.url, key):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             try:
                 self._write(partial, parts)
@@ -140,7 +159,7 @@ class LocalFolder(Folder):
         """See Folder."""
         target = os.path.join(self.path, key)
         partial = f"{target}.{uuid.uuid4().hex}.partial"
-        with _place(self.url, key):
+        with place(self.url, key):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             try:
                 self._write(partial, [data])
@@ -159,13 +178,13 @@ class LocalFolder(Folder):
 
     def delete(self, key: str) -> None:
         """See Folder."""
-        with _place(self.url, key):
+        with place(self.url, key):
             _remove(os.path.join(self.path, key))
 
     def names(self, folder: str) -> list[str]:
         """See Folder."""
         try:
-            with _place(self.url, folder):
+            with place(self.url, folder):
                 return sorted(e.name for e in os.scandir(os.path.join(self.path, folder)) if not e.is_dir())
         except FileNotFoundError:
             return []
@@ -236,7 +255,10 @@ class ObjectFolder(Folder):
         try:
             self._try(key, lambda: obstore.put(self._store, key, data, mode="create", use_multipart=False))
         except AlreadyExistsError:
-            return bytes(self.read(key)) == data  # an answer that got lost: the file is ours
+            try:
+                return bytes(self.read(key)) == data  # an answer that got lost: the file is ours
+            except FileNotFoundError:
+                return False
         return True
 
     def delete(self, key: str) -> None:
@@ -273,28 +295,24 @@ class ObjectFolder(Folder):
         """The request, tried again while the server fails: obstore itself tries only what is safe by HTTP's rules."""
         from obstore import exceptions
 
-        self._check_fork()
-        for attempt in range(TRIES):
+        def translated() -> T:
             try:
                 return request()
-            except (exceptions.NotFoundError, FileNotFoundError):
+            except exceptions.NotFoundError:
                 raise FileNotFoundError(f"{self.url}/{key}") from None
             except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError) as error:
                 raise self._refused(key, error) from None
-            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
-                raise
             except exceptions.NotSupportedError as error:
                 raise StoreError(f"{self.url}/{key}: not possible there: {_first_line(error)}") from None
-            except (exceptions.BaseError, OSError) as error:
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+                raise
+            except exceptions.BaseError as error:
                 if "403 Forbidden" in str(error) or "401 Unauthorized" in str(error):  # listing has no error of its own
                     raise self._refused(key, error) from None
-                if attempt == TRIES - 1:
-                    raise StoreFault(
-                        f"{self.url}/{key}: the object store failed {TRIES} times, at last with: "
-                        f"{_first_line(error)}; see to it and run the same command again to go on"
-                    ) from None
-                time.sleep(random.uniform(0, BACKOFF_SECONDS * 2**attempt))
-        raise AssertionError("unreachable")
+                raise OSError(_first_line(error)) from None
+
+        self._check_fork()
+        return _patiently(f"{self.url}/{key}", translated)
 
 
 class _DirectReads:
@@ -379,36 +397,33 @@ class FsspecFolder(Folder):
 
     def __init__(self, url: str):
         self.url = url
-        self._fs, self._root = fsspec.url_to_fs(url)
+        self._fs, self._root = filesystem(url)
 
     def read(self, key: str) -> Bytes:
         """See Folder."""
-        with _place(self.url, key):
-            return self._fs.cat_file(f"{self._root}/{key}")
+        return self._try(key, lambda: self._fs.cat_file(f"{self._root}/{key}"))
 
     def span(self, key: str, start: int, length: int) -> Bytes:
         """See Folder."""
-        with _place(self.url, key):
-            return self._fs.cat_file(f"{self._root}/{key}", start=start, end=None if start < 0 else start + length)
+        end = None if start < 0 else start + length
+        return self._try(key, lambda: self._fs.cat_file(f"{self._root}/{key}", start=start, end=end))
 
     def write(self, key: str, parts: Sequence[Bytes]) -> None:
         """See Folder. As atomic as the driver's `pipe_file`."""
-        with _place(self.url, key):
-            self._fs.pipe_file(f"{self._root}/{key}", b"".join(parts))
+        self._try(key, lambda: self._fs.pipe_file(f"{self._root}/{key}", b"".join(parts)))
 
     def create(self, key: str, data: bytes) -> bool:
         """See Folder, but two processes that ask at the same moment may both hear yes."""
-        with _place(self.url, key):
-            if self._fs.exists(f"{self._root}/{key}"):
-                return False
-            self._fs.pipe_file(f"{self._root}/{key}", data)
+        self._fs.invalidate_cache()
+        if self._try(key, lambda: self._fs.exists(f"{self._root}/{key}")):
+            return False
+        self.write(key, [data])
         return True
 
     def delete(self, key: str) -> None:
         """See Folder."""
         try:
-            with _place(self.url, key):
-                self._fs.rm_file(f"{self._root}/{key}")
+            self._try(key, lambda: self._fs.rm_file(f"{self._root}/{key}"))
         except FileNotFoundError:
             return
 
@@ -416,15 +431,41 @@ class FsspecFolder(Folder):
         """See Folder."""
         self._fs.invalidate_cache()
         try:
-            with _place(self.url, folder):
-                listed = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=True)
+            listed = self._try(folder, lambda: self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=True))
         except FileNotFoundError:
             return []
         return sorted(entry["name"].rsplit("/", 1)[1] for entry in listed if entry["type"] == "file")
 
+    def _try(self, key: str, request: Callable[[], T]) -> T:
+        def translated() -> T:
+            try:
+                return request()
+            except PermissionError as error:
+                raise StoreError(f"{self.url}/{key}: {error}; check who may read and write there") from None
+
+        return _patiently(f"{self.url}/{key}", translated)
+
+
+def _patiently(what: str, request: Callable[[], T]) -> T:
+    """The request, up to six times and three minutes, with backoff and jitter; a missing file is an answer."""
+    started = time.monotonic()
+    for attempt in range(TRIES):
+        try:
+            return request()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if attempt == TRIES - 1 or time.monotonic() - started > PATIENCE_SECONDS:
+                raise StoreFault(
+                    f"{what}: the object store failed {attempt + 1} times, at last with: {_first_line(error)}; "
+                    "see to it and run the same command again to go on"
+                ) from None
+            time.sleep(random.uniform(0, BACKOFF_SECONDS * 2**attempt))
+    raise AssertionError("unreachable")
+
 
 @contextmanager
-def _place(url: str, key: str) -> Iterator[None]:
+def place(url: str, key: str) -> Iterator[None]:
     """Errors of the operating system or a driver, as errors of the store; a missing file stays what it is."""
     try:
         yield
@@ -471,21 +512,25 @@ def _new_object_store(url: str, endpoint: str | None) -> Any:
     options: Any = {"timeout": timedelta(seconds=seconds), "connect_timeout": timedelta(seconds=min(seconds, 10))}
     retry: Any = {
         "max_retries": 4,
-        "retry_timeout": timedelta(seconds=3 * seconds),
+        "retry_timeout": timedelta(seconds=PATIENCE_SECONDS / 3),
         "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
     }
     parts = urlsplit(url)
     if parts.scheme != "s3":
         options["allow_http"] = parts.scheme == "http"
         return HTTPStore(url, client_options=options, retry_config=retry)
+    import botocore.exceptions
     import botocore.session
 
     session = botocore.session.get_session()
-    config: Any = {"region": session.get_config_variable("region") or "us-east-1"}
+    try:
+        config: Any = {"region": session.get_config_variable("region") or "us-east-1"}
+        credentials = session.get_credentials()  # environment, profile, sign-on, container, machine: AWS's own order
+    except botocore.exceptions.BotoCoreError as error:
+        raise StoreError(f"{url}: no credentials for it ({error}); check AWS_PROFILE and what it leads to") from None
     if endpoint:
         config["endpoint"] = endpoint
         options["allow_http"] = endpoint.startswith("http://")
-    credentials = session.get_credentials()  # environment, profile, single sign-on, container, machine: AWS's own order
     if credentials is not None:
 
         def provide() -> Any:

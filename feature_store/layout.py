@@ -32,11 +32,6 @@ def crc_bytes(data) -> bytes:
     return crc32c(data).to_bytes(CRC_BYTES, "little")
 
 
-def is_whole(data: memoryview, crc: bytes | memoryview) -> bool:
-    """Whether the bytes have this crc32c."""
-    return crc_bytes(data) == bytes(crc)
-
-
 def num_shards(num_rows: int) -> int:
     """Shards that hold `num_rows` rows; the last may be part full."""
     return -(-num_rows // ROWS_PER_SHARD)

@@ -1,7 +1,7 @@
 """One job to a store: the second one is told who works there.
 
-Shards are written whole, and a shard written twice has the same bytes, so the lock saves work rather than data; on
-file systems and S3 it is exclusive, elsewhere as far as the driver goes.
+On file systems and S3 it is exclusive, elsewhere as far as the driver goes. Should two jobs meet all the same, readers
+hold every sample against the manifest's checksum.
 """
 
 import json
@@ -11,12 +11,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from feature_store import layout
-from feature_store.errors import StoreError, StoreFault
+from feature_store.errors import StoreError
 from feature_store.files import Folder
 
 BEAT_SECONDS = 10.0
@@ -46,7 +46,7 @@ class Lock:
                 self.lost_to = _name(holder) if holder else "another job"
             else:
                 self.folder.write(layout.LOCK, [_record(self.owner)])
-        except StoreFault:
+        except StoreError:
             return  # the work itself will find out whether the place is gone for good
 
 
@@ -59,14 +59,13 @@ def locked(folder: Folder) -> Iterator[Lock]:
     owner = uuid.uuid4().hex
     while not folder.create(layout.LOCK, _record(owner)):
         holder = _holder(folder)
-        if holder is None:
-            continue
-        if _alive(holder):
-            raise StoreError(
-                f"{folder.url}: {_name(holder)} works on this store; wait for it to end, or stop it (a job that "
-                f"was killed on another machine counts as gone after {STALE_SECONDS:.0f} s)"
-            )
-        folder.delete(layout.LOCK)
+        if holder is not None:
+            if _alive(holder):
+                raise StoreError(
+                    f"{folder.url}: {_name(holder)} works on this store; wait for it to end, or stop it (a job that "
+                    f"was killed on another machine counts as gone after {STALE_SECONDS:.0f} s)"
+                )
+            folder.delete(layout.LOCK)
         time.sleep(0.2)  # whoever else saw the stale lock has deleted it by now
     lock = Lock(folder, owner)
     lock.beat()
@@ -83,25 +82,21 @@ def locked(folder: Folder) -> Iterator[Lock]:
         yield lock
     finally:
         ended.set()
-        thread.join()
-        if lock.lost_to is None:
-            folder.delete(layout.LOCK)
-
-
-def holder_alive(folder: Folder) -> str | None:
-    """The name of the job that works on a store, None if there is none."""
-    holder = _holder(folder)
-    return _name(holder) if holder is not None and _alive(holder) else None
+        thread.join(BEAT_SECONDS)
+        with suppress(StoreError):  # what went wrong inside counts, and a lock that stays behind goes stale
+            holder = _holder(folder)
+            if holder is not None and holder["owner"] == owner:
+                folder.delete(layout.LOCK)
 
 
 def _record(owner: str) -> bytes:
     pid = os.getpid()
-    record = {"owner": owner, "host": socket.gethostname(), "pid": pid, "started": _started(pid), "beat": time.time()}
-    return json.dumps(record).encode()
+    record = {"owner": owner, "host": socket.gethostname(), "machine": _machine(), "pid": pid}
+    return json.dumps(record | {"started": _started(pid), "beat": time.time()}).encode()
 
 
 def _holder(folder: Folder) -> dict[str, Any] | None:
-    gone = {"owner": "", "host": "?", "pid": 0, "started": None, "beat": 0.0}
+    gone = {"owner": "", "host": "?", "machine": "", "pid": 0, "started": None, "beat": 0.0}
     try:
         return gone | json.loads(bytes(folder.read(layout.LOCK)))
     except FileNotFoundError:
@@ -111,16 +106,24 @@ def _holder(folder: Folder) -> dict[str, Any] | None:
 
 
 def _alive(holder: dict[str, Any]) -> bool:
-    if holder["host"] == socket.gethostname():
+    if holder["machine"] == _machine():
         return _started(holder["pid"]) == holder["started"] and holder["started"] is not None
     return time.time() - holder["beat"] < STALE_SECONDS
+
+
+def _machine() -> str:
+    """This boot of this machine, and this container's processes: host names may repeat."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return socket.gethostname()
 
 
 def _started(pid: int) -> str | None:
     """When a process of this machine began, in the kernel's ticks; None if there is none (or it is a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self").exists():
             return None
         try:

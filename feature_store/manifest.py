@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from feature_store import layout
 from feature_store.errors import StoreError
 from feature_store.files import Bytes, Folder, redacted
-from feature_store.schema import Row
+from feature_store.schema import Row, text
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def seal_bytes(files: dict[str, Bytes]) -> bytes:
 
 
 def read_sealed(folder: Folder, names: Sequence[str]) -> dict[str, Bytes]:
-    """Files that the seal vouches for. Raises FileNotFoundError without a seal, StoreError on damage."""
+    """The seal and files that it vouches for. Raises FileNotFoundError without a seal, StoreError on damage."""
     raw = bytes(folder.read(layout.SEAL))
     try:
         record: dict[str, Any] = json.loads(raw)
@@ -93,7 +93,7 @@ def read_sealed(folder: Folder, names: Sequence[str]) -> dict[str, Bytes]:
         whole = False
     if not whole:
         raise StoreError(damaged(folder.url, layout.SEAL))
-    found = {}
+    found: dict[str, Bytes] = {layout.SEAL: raw}
     for name in names:
         try:
             found[name] = folder.read(name)
@@ -112,16 +112,11 @@ def damaged(url: str, name: str) -> str:
 def _plan_table(rows: Sequence[Row]) -> pa.Table:
     return pa.table(
         {
-            "sample_id": pa.array([_text(r.sample_id) for r in rows], pa.string()),
+            "sample_id": pa.array([text(r.sample_id) for r in rows], pa.string()),
             "view": pa.array([r.view for r in rows], pa.int32()),
-            "source": pa.array([_text(redacted(r.source)) for r in rows], pa.string()),
+            "source": pa.array([text(redacted(r.source)) for r in rows], pa.string()),
         }
     )
-
-
-def _text(name: str) -> str:
-    """File names need not be Unicode, Parquet's strings must."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _json(record: Any) -> bytes:

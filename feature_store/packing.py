@@ -29,8 +29,8 @@ def pack(features: np.ndarray) -> np.ndarray:
     grouped = padded.reshape(*features.shape[:-1], -1, GROUP)
     with np.errstate(over="ignore"):
         scales = (np.abs(grouped).max(-1) / 127).astype(np.float16)
-    if not np.isfinite(scales).all():
-        raise OverflowError("a scale is beyond float16")
+    if not (scales.astype(np.float32) * 127 <= np.finfo(np.float16).max).all():
+        raise OverflowError("a value is beyond float16, in which features are read")
     divisor = np.where(scales == 0, np.float16(1), scales).astype(np.float32)[..., None]
     codes = np.clip(np.rint(grouped / divisor), -127, 127).astype(np.int8).reshape(padded.shape)
     return np.concatenate([codes[..., :channels], scales.view(np.int8)], axis=-1)

@@ -4,7 +4,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,13 @@ import numpy as np
 from feature_store import layout, manifest, packing
 from feature_store.buffers import Buffers
 from feature_store.cache import CacheSettings, SampleCache
-from feature_store.errors import StoreError
-from feature_store.files import Bytes, ObjectFolder, absolute, local_path, open_folder
+from feature_store.errors import StoreError, StoreFault
+from feature_store.files import Bytes, ObjectFolder, absolute, local_path, open_folder, place
 from feature_store.schema import Fingerprint
 from feature_store.writer import read_array
 
 LOCAL_THREADS, REMOTE_THREADS = 4, 16
 RUN_BYTES = 8 << 20  # the longest range asked for at once, so that a long read is spread over the threads
-COPY_BLOCK = 256 << 10
 MAPS_KEPT = FILES_KEPT = 256
 
 
@@ -63,6 +62,7 @@ class FeatureStore:
         self._index: dict[int, list[list[int]]] = {}
         self._files: dict[int, int] = {}
         self._maps: dict[int, mmap.mmap] = {}
+        self._full = False
         self._path = local_path(self.url)
         self._threads = REMOTE_THREADS if self._path is None else LOCAL_THREADS
         self._buffers = Buffers()
@@ -124,36 +124,53 @@ class FeatureStore:
         if len(groups) == 1:
             self._read_group(groups[0], targets[0])
         else:
-            list(self._workers().map(self._read_group, groups, targets))
+            work = [self._workers().submit(self._read_group, *pair) for pair in zip(groups, targets, strict=True)]
+            wait(work)  # all of them, as the caller may use its buffer for something else after an error
+            for done in work:
+                done.result()
         for position, row in enumerate(rows):
             if first[int(row)] != position:
                 out[position] = out[first[int(row)]]
         return out
 
     def view(self, row: int) -> np.ndarray:
-        """One sample without a copy: read-only, mapped from the file, checked. Local stores that need no unpacking."""
+        """One sample without a copy: read-only, mapped from the file, checked. Local stores that need no unpacking.
+
+        A file that is cut short afterwards, while the view is in use, ends the process: so it is with mapped files.
+        """
         if self._path is None or self.dtype != self.stored_dtype:
             raise StoreError(f"{self.url}: only local stores of float features can be mapped; use read()")
         if not 0 <= row < len(self):
             raise StoreError(f"{self.url}: no row {row}; the store has {len(self)}")
         shard = row // layout.ROWS_PER_SHARD
         offset, _ = self._span(row)
-        if shard not in self._maps:
-            if len(self._maps) >= MAPS_KEPT:
-                self._maps.pop(next(iter(self._maps)))  # stays mapped while a view of it lives
-            with open(os.path.join(self._path, layout.shard_key(shard)), "rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped = memoryview(self._maps[shard])
+        mapped = memoryview(self._map(shard))
         end = offset + self.sample_bytes
-        self._check(row, mapped[offset:end], bytes(mapped[end : end + layout.CRC_BYTES]))
+        if not self._right(row, mapped[offset:end], mapped[end : end + layout.CRC_BYTES]):
+            raise self._damaged(row)
         return np.frombuffer(mapped, self.dtype, int(np.prod(self.shape)), offset).reshape(self.shape)
+
+    def _map(self, shard: int) -> mmap.mmap:
+        """A shard's file, mapped; it stays so while a view of it lives, even if it is forgotten here."""
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            assert self._path is not None
+            with place(self.url, layout.shard_key(shard)):
+                try:
+                    with open(os.path.join(self._path, layout.shard_key(shard)), "rb") as file:
+                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except FileNotFoundError:
+                    raise self._missing(shard) from None
+            if len(self._maps) < MAPS_KEPT:
+                self._maps[shard] = mapped
+        return mapped
 
     def warm(self, shard: int) -> int:
         """Bring a whole shard into the cache by one request. Returns the samples that were taken in."""
         if self._cache is None:
             raise StoreError(f"{self.url}: expected a remote store opened with a cache, got one without")
         rows = [r for r in layout.shard_rows(shard, len(self)) if not self._cache.has(r)]
-        if not rows:
+        if not rows or self._full:
             return 0
         try:
             whole = memoryview(self.folder.read(layout.shard_key(shard)))
@@ -162,15 +179,18 @@ class FeatureStore:
         taken = 0
         for row in rows:
             offset, length = self._span(row)
-            chunk = whole[offset : offset + length]
-            self._check(row, chunk[: -layout.CRC_BYTES], bytes(chunk[-layout.CRC_BYTES :]))
-            taken += self._cache.put(row, chunk)
+            sample = whole[offset : offset + self.sample_bytes]
+            if not self._right(row, sample, whole[offset + self.sample_bytes : offset + length]):
+                raise self._damaged(row)
+            if not self._cache.put(row, sample):
+                self._full = True
+                break
+            taken += 1
         return taken
 
     def _open(self) -> tuple[bytes, dict[str, Any], Any]:
         """Seal, array's record and manifest's table, each checked."""
         try:
-            seal = bytes(self.folder.read(layout.SEAL))
             files = manifest.read_sealed(self.folder, (layout.ARRAY, layout.MANIFEST))
         except FileNotFoundError:
             try:
@@ -178,7 +198,8 @@ class FeatureStore:
             except FileNotFoundError:
                 raise StoreError(f"{self.url}: expected a feature store, found none; extract it first") from None
             raise StoreError(f"{self.url}: the store is not sealed; run its extraction again to finish it") from None
-        return seal, read_array(self.url, files[layout.ARRAY]), manifest.read_table(files[layout.MANIFEST])
+        array, table = read_array(self.url, files[layout.ARRAY]), manifest.read_table(files[layout.MANIFEST])
+        return bytes(files[layout.SEAL]), array, table
 
     def _expected(self, array: dict[str, Any]) -> Fingerprint:
         """The fingerprint. Raises StoreError if it is not as expected."""
@@ -247,12 +268,14 @@ class FeatureStore:
         inside = [part for pair in zip(buffers, crcs, strict=True) for part in pair]
         try:
             got = os.preadv(file, inside, self._span(rows[0])[0])
+        except OSError as error:
+            raise self._failed(shard, error) from None
         finally:
             if self._files.get(shard) != file:
                 os.close(file)
         for row, buffer, crc in zip(rows, buffers, crcs, strict=True):
             got -= self.sample_bytes + layout.CRC_BYTES
-            if got < 0 or (self.verify and not layout.is_whole(buffer, crc)):
+            if got < 0 or not self._right(row, buffer, crc):
                 raise self._damaged(row)
 
     def _open_shard(self, shard: int) -> int:
@@ -262,6 +285,8 @@ class FeatureStore:
             file = os.open(os.path.join(self._path, layout.shard_key(shard)), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise self._missing(shard) from None
+        except OSError as error:
+            raise self._failed(shard, error) from None
         if len(self._files) < FILES_KEPT and self._files.setdefault(shard, file) == file:
             weakref.finalize(self, os.close, file)
         return file
@@ -273,43 +298,40 @@ class FeatureStore:
         if isinstance(self.folder, ObjectFolder):
             crcs = [memoryview(bytearray(layout.CRC_BYTES)) for _ in rows]
             inside = [part for pair in zip(buffers, crcs, strict=True) for part in pair]
-            if self.folder.span_into(layout.shard_key(rows[0] // layout.ROWS_PER_SHARD), start, inside) and (
-                not self.verify or all(map(layout.is_whole, buffers, crcs))
+            if self.folder.span_into(layout.shard_key(rows[0] // layout.ROWS_PER_SHARD), start, inside) and all(
+                map(self._right, rows, buffers, crcs)
             ):
                 return
         chunk = memoryview(self._bytes(rows[0], start, sum(length for _, length in spans)))
         for row, buffer, (offset, length) in zip(rows, buffers, spans, strict=True):
             part = chunk[offset - start : offset - start + length]
-            if not self._copy(part, buffer) and not self._copy(memoryview(self._bytes(row, offset, length)), buffer):
-                raise self._damaged(row)
+            if not self._copy(row, part, buffer):
+                if not self._copy(row, memoryview(self._bytes(row, offset, length)), buffer):
+                    raise self._damaged(row)
 
     def _fill_cached(self, row: int, buffer: memoryview) -> None:
         """From the cache, else from the store into both."""
         assert self._cache is not None
-        crc = self._cache.read_into(row, buffer)
-        if crc is not None and (not self.verify or layout.crc_bytes(buffer) == crc):
+        if self._cache.read_into(row, buffer) and self._right(row, buffer):
             return
-        if self._cache.has(row):
-            self._cache.drop(row)
+        self._cache.drop(row)
         self._fill_remote([row], [buffer])
-        self._cache.put(row, b"".join([buffer, layout.crc_bytes(buffer)]))
+        self._cache.put(row, buffer)
 
-    def _copy(self, chunk: memoryview, buffer: memoryview) -> bool:
-        """Copy a sample that is followed by its crc32c; whether it is whole and, if that is asked for, undamaged."""
+    def _copy(self, row: int, chunk: memoryview, buffer: memoryview) -> bool:
+        """Copy a sample that is followed by its crc32c; whether it is whole and right."""
         if len(chunk) != len(buffer) + layout.CRC_BYTES:
             return False
-        crc = 0
-        for start in range(0, len(buffer), COPY_BLOCK):
-            block = chunk[start : min(start + COPY_BLOCK, len(buffer))]
-            if self.verify:
-                crc = layout.crc32c(block, crc)
-            # NumPy, as it lets other threads run meanwhile.
-            np.copyto(np.frombuffer(buffer[start : start + len(block)], np.uint8), np.frombuffer(block, np.uint8))
-        return not self.verify or crc == int.from_bytes(chunk[len(buffer) :], "little")
+        # NumPy, as it lets other threads run meanwhile.
+        np.copyto(np.frombuffer(buffer, np.uint8), np.frombuffer(chunk[: len(buffer)], np.uint8))
+        return self._right(row, buffer, chunk[len(buffer) :])
 
-    def _check(self, row: int, body: memoryview, crc: bytes) -> None:
-        if len(body) != self.sample_bytes or (self.verify and layout.crc_bytes(body) != crc):
-            raise self._damaged(row)
+    def _right(self, row: int, sample: memoryview, crc: memoryview | None = None) -> bool:
+        """Whether a sample, and Zarr's checksum behind it, are what the manifest lists; true if nothing is checked."""
+        if not self.verify:
+            return True
+        listed = self.checksums[row]
+        return layout.crc32c(sample) == listed and (crc is None or int.from_bytes(crc, "little") == listed)
 
     def _span(self, row: int) -> tuple[int, int]:
         """Offset and length in its shard of a sample with its crc32c."""
@@ -340,6 +362,9 @@ class FeatureStore:
             return self.folder.span(layout.shard_key(shard), offset, length)
         except FileNotFoundError:
             raise self._missing(shard) from None
+
+    def _failed(self, shard: int, error: OSError) -> StoreFault:
+        return StoreFault(f"{self.url}: shard {shard} cannot be read ({error}); see to it and run the command again")
 
     def _missing(self, shard: int) -> StoreError:
         return StoreError(f"{self.url}: shard {shard} is missing; {self._cure()}")

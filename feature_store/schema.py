@@ -60,8 +60,13 @@ class Row(NamedTuple):
 
 def making(fingerprint: Fingerprint, rows: Sequence[Row]) -> str:
     """Eight hex digits of a fingerprint and its rows: markers carry them, so those of another making never count."""
-    text = json.dumps([asdict(fingerprint), [row[:2] for row in rows]], sort_keys=True)
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+    record = json.dumps([asdict(fingerprint), [(text(row.sample_id), row.view) for row in rows]], sort_keys=True)
+    return hashlib.sha256(record.encode()).hexdigest()[:8]
+
+
+def text(name: str) -> str:
+    """A file's name as Unicode that Parquet takes: names need not be, and then hold escaped bytes."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _version(name: str) -> str:

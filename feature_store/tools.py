@@ -1,5 +1,7 @@
 """What one does with whole stores: list, describe, verify, repair, copy, compare, clean up, warm."""
 
+import glob
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, NamedTuple, TypeVar
 
-import fsspec
 import numpy as np
 from tqdm import tqdm
 
 from feature_store import files, layout, lock, manifest
-from feature_store.errors import StoreError
+from feature_store.errors import StoreError, StoreFault
 from feature_store.reader import FeatureStore
 from feature_store.writer import IO_THREADS, ShardWriter, create
 
+PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -32,11 +34,15 @@ class Damage(NamedTuple):
 def find(root: str) -> Iterator[str]:
     """URLs of the stores below a path or URL."""
     root = files.absolute(root)
-    fs, path = fsspec.url_to_fs(root)
+    fs, path = files.filesystem(root)
     local = files.local_path(root) is not None
-    for found in sorted(fs.glob(f"{path.rstrip('/')}/**/{layout.ARRAY}")):
-        place = found.removesuffix(f"/{layout.ARRAY}")
-        yield place if local else fs.unstrip_protocol(place)
+    try:
+        names = sorted(fs.glob(f"{glob.escape(path.rstrip('/'))}/**/{layout.ARRAY}"))
+    except Exception as error:  # drivers have errors of their own
+        raise StoreFault(f"{root}: cannot be listed ({type(error).__name__}: {error})") from None
+    for found in names:
+        folder = found.removesuffix(f"/{layout.ARRAY}")
+        yield folder if local else fs.unstrip_protocol(folder)
 
 
 def describe(url: str) -> dict[str, Any]:
@@ -56,20 +62,18 @@ def describe(url: str) -> dict[str, Any]:
 
 
 def statistics(url: str) -> dict[str, Any]:
-    """Counts, bytes, and of the values: range, mean, deviation, NaN, infinities, and channels that never vary."""
+    """Counts, bytes, and of the values: range, mean, deviation, NaN
+    (as quarantined samples are), and channels that never vary."""
     store = FeatureStore(url)
     channels = store.shape[-1]
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     totals, squares = np.zeros(channels), np.zeros(channels)
-    nans = infinite = count = 0
+    nans = count = 0
     shards = [layout.shard_rows(shard, len(store)) for shard in range(layout.num_shards(len(store)))]
     for rows in tqdm(shards, unit="shard", file=sys.stderr):
-        kept = [row for row in rows if store.samples[row][:2] not in store.quarantined]
-        if not kept:
-            continue
-        values = store.read(kept, dtype=np.float32).reshape(-1, channels).astype(np.float64)
+        values = store.read(rows, dtype=np.float32).reshape(-1, channels).astype(np.float64)
         finite = np.isfinite(values)
-        nans, infinite = nans + int(np.isnan(values).sum()), infinite + int(np.isinf(values).sum())
+        nans += int((~finite).sum())
         count += int(finite.sum())
         low = np.minimum(low, np.where(finite, values, np.inf).min(0))
         high = np.maximum(high, np.where(finite, values, -np.inf).max(0))
@@ -86,7 +90,6 @@ def statistics(url: str) -> dict[str, Any]:
         "mean": float(mean),
         "std": float(np.sqrt(max(squares.sum() / max(count, 1) - mean**2, 0))),
         "nan": nans,
-        "infinite": infinite,
         "dead_channels": np.flatnonzero(low == high).tolist(),
     }
 
@@ -108,14 +111,15 @@ def verify(url: str) -> tuple[dict[str, Any], list[Damage]]:
                 file = layout.SEAL if f"/{layout.SEAL}:" in str(error) else name
                 if file not in [damage.file for damage in found]:
                     found.append(Damage(file, None, str(error)))
+    nothing = {"url": folder.url, "sealed": layout.SEAL in there, "samples": 0, "shards": 0}
+    if any(damage.file in (layout.ARRAY, layout.PLAN) for damage in found):  # nothing can be said of the shards
+        return nothing, found
     try:
         writer = ShardWriter(url)
     except StoreError as error:
-        if not found:
-            file = layout.PLAN if layout.PLAN in str(error) or layout.PLAN not in there else layout.ARRAY
-            found.append(Damage(file, None, str(error)))
-    if any(damage.file in (layout.ARRAY, layout.PLAN) for damage in found):  # nothing can be said of the shards
-        return {"url": folder.url, "sealed": layout.SEAL in there, "samples": 0, "shards": 0}, found
+        file = layout.PLAN if layout.PLAN in str(error) or layout.PLAN not in there else layout.ARRAY
+        found.append(Damage(file, None, str(error)))
+        return nothing, found
     checksums = table["checksum"].to_pylist() if table is not None else None
     missing = set(writer.missing())
     total = layout.num_shards(len(writer.rows))
@@ -145,28 +149,34 @@ def _check_shard(writer: ShardWriter, shard: int, listed: Sequence[int] | None) 
         marker = None
     if marker is None:
         return [Damage(layout.marker_key(shard, writer.making), shard, f"{name} has a damaged marker")]
+    if listed is not None and list(listed) != marker.checksum:
+        return [Damage(layout.marker_key(shard, writer.making), shard, f"{name}: marker and manifest differ")]
     try:
         raw = memoryview(writer.folder.read(key))
     except FileNotFoundError:
         return [Damage(key, shard, f"{name} is missing")]
+    return [Damage(key, shard, message) for message in _wrong(writer, shard, raw, marker.checksum)]
+
+
+def _wrong(writer: ShardWriter, shard: int, raw: memoryview, checksums: Sequence[int]) -> list[str]:
+    """What is wrong with a shard's bytes, whose samples should have these checksums."""
+    name = f"{writer.url}: shard {shard}"
     index = layout.read_index(raw[-layout.INDEX_BYTES :])
     if index is None:
-        return [Damage(key, shard, f"{name} has a damaged index (truncated?)")]
-    rows = layout.shard_rows(shard, len(writer.rows))
+        return [f"{name} has a damaged index (truncated?)"]
     used, found = layout.INDEX_BYTES, []
-    for slot, row in enumerate(rows):
+    for slot, row in enumerate(layout.shard_rows(shard, len(writer.rows))):
         offset, length = (int(v) for v in index[slot])
-        sample = raw[offset : offset + length]
+        sample, crc = (
+            raw[offset : offset + length][: -layout.CRC_BYTES],
+            raw[offset : offset + length][-layout.CRC_BYTES :],
+        )
         used += length
-        where = f"{name}, sample {slot} ({writer.rows[row].sample_id})"
-        if layout.crc_bytes(sample[: -layout.CRC_BYTES]) != bytes(sample[-layout.CRC_BYTES :]):
-            found.append(Damage(key, shard, f"{where}: its checksum is wrong"))
-            continue
-        crc = layout.crc32c(sample[: -layout.CRC_BYTES])
-        if crc != marker.checksum[slot] or (listed is not None and crc != listed[slot]):
-            found.append(Damage(key, shard, f"{where}: it is not the one that marker and manifest list"))
+        computed = layout.crc32c(sample)
+        if computed != int.from_bytes(crc, "little") or computed != checksums[slot]:
+            found.append(f"{name}, sample {slot} ({writer.rows[row].sample_id}): its checksum is wrong")
     if not found and used != len(raw):
-        found.append(Damage(key, shard, f"{name}: expected {used} bytes, got {len(raw)}"))
+        found.append(f"{name}: expected {used} bytes, got {len(raw)}")
     return found
 
 
@@ -197,23 +207,35 @@ def repair(url: str, quarantined: bool = False) -> dict[str, Any]:
 
 
 def copy(source: str, destination: str) -> dict[str, Any]:
-    """Copy a sealed store to another URL, shard by shard and checked; run again, it goes on where it was stopped."""
+    """Copy a sealed store to another URL, shard by shard and checked; run again, it goes on where it was stopped.
+
+    A shard whose marker is already there, and is the source's, is not copied again.
+    """
     store, reader = FeatureStore(source), ShardWriter(source)
-    writer = create(destination, store.fingerprint, reader.rows)
-    shards = writer.missing()
-    with lock.locked(writer.folder):
+    create(destination, store.fingerprint, reader.rows)
+    with lock.locked(files.open_folder(destination)) as held:
+        writer = create(destination, store.fingerprint, reader.rows)
+        total = range(layout.num_shards(len(reader.rows)))
+        wanted, missing = reader.markers(total), set(writer.missing())
+        there = writer.markers([shard for shard in total if shard not in missing])
+        shards = [shard for shard in total if there.get(shard) is None or there[shard] != wanted[shard]]
+        if shards and writer.sealed():
+            writer.unseal()
 
         def transfer(shard: int) -> int:
-            damage = _check_shard(reader, shard, None)
-            if damage:
-                raise StoreError(f"{damage[0].message}; repair {source} first")
-            raw = reader.folder.read(layout.shard_key(shard))
+            held.check()
+            raw, marker = memoryview(reader.folder.read(layout.shard_key(shard))), wanted[shard]
+            wrong = (
+                _wrong(reader, shard, raw, marker.checksum) if marker else [f"{source}: shard {shard} lacks a marker"]
+            )
+            if wrong or marker is None:
+                raise StoreError(f"{wrong[0]}; repair {source} first")
+            writer.forget(shard)
             writer.folder.write(layout.shard_key(shard), [raw])
-            arrived = _check_bytes(writer, shard, raw)
-            if not arrived:
+            if layout.crc32c(memoryview(writer.folder.read(layout.shard_key(shard)))) != layout.crc32c(raw):
                 raise StoreError(f"{writer.url}: shard {shard} did not arrive as it was sent; run the copy again")
-            marker = reader.folder.read(layout.marker_key(shard, reader.making))
-            writer.folder.write(layout.marker_key(shard, writer.making), [marker])
+            key = layout.marker_key(shard, writer.making)
+            writer.folder.write(key, [manifest.marker_bytes(shard, marker)])
             return len(raw)
 
         copied = sum(_parallel(transfer, shards, "shard", threads=4))
@@ -225,10 +247,6 @@ def copy(source: str, destination: str) -> dict[str, Any]:
         "shards": len(shards),
         "bytes": copied,
     }
-
-
-def _check_bytes(writer: ShardWriter, shard: int, sent: files.Bytes) -> bool:
-    return layout.crc32c(memoryview(writer.folder.read(layout.shard_key(shard)))) == layout.crc32c(memoryview(sent))
 
 
 def difference(first: str, second: str) -> dict[str, Any]:
@@ -265,39 +283,35 @@ def difference(first: str, second: str) -> dict[str, Any]:
     return result
 
 
-def garbage(root: str, delete: bool = False) -> dict[str, Any]:
+def garbage(root: str, delete: bool = False, older_than_hours: float = 1) -> dict[str, Any]:
     """What killed jobs left below a path or URL, and its bytes; with `delete`, gone.
 
     Partial files, locks of dead jobs, markers of another making, shards without a marker in unsealed stores, and on S3
-    dangling multipart uploads. A store on which a job works is left alone.
+    dangling multipart uploads (of other tools: stores make none). A store on which a job works is left alone, and so
+    is what is younger than `older_than_hours`, as it may be the work of an actor whose driver has died.
     """
     root = files.absolute(root)
-    fs, path = fsspec.url_to_fs(root)
-    local = files.local_path(root) is not None
+    fs, path = files.filesystem(root)
     busy: list[str] = []
     leftovers: dict[str, int] = {}
+    old = time.time() - 3600 * older_than_hours
     for url in find(root):
         folder = files.open_folder(url)
-        if lock.holder_alive(folder):
-            busy.append(url)
+        try:
+            with lock.locked(folder):
+                found = _leftovers(fs, url, files.local_path(url) or fs._strip_protocol(url), old)
+                for name in found if delete else ():
+                    fs.rm_file(name)
+        except StoreError as error:
+            busy.append(str(error))
             continue
-        place = files.local_path(url) or fs._strip_protocol(url)
-        leftovers |= _leftovers(fs, url, place)
-    if local:
-        leftovers |= {
-            name: entry["size"]
-            for name, entry in fs.find(path, detail=True).items()
-            if name.endswith(".partial") and not any(name.startswith(f"{url}/") for url in busy)
-        }
+        leftovers |= found
     uploads = _dangling_uploads(fs, path) if "s3" in fs.protocol else []
-    if delete:
-        for name in leftovers:
-            fs.rm_file(name)
-        for upload in uploads:
-            fs.call_s3("abort_multipart_upload", Bucket=upload[0], Key=upload[1], UploadId=upload[2])
+    for bucket, key, upload in uploads if delete else ():
+        fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
     return {
         "root": root,
-        "busy": busy,
+        "left_alone": busy,
         "files": sorted(leftovers),
         "bytes": sum(leftovers.values()),
         "uploads": [f"s3://{bucket}/{key}" for bucket, key, _ in uploads],
@@ -305,30 +319,43 @@ def garbage(root: str, delete: bool = False) -> dict[str, Any]:
     }
 
 
-def _leftovers(fs: Any, url: str, place: str) -> dict[str, int]:
-    """Path to bytes of what nothing refers to in one store."""
+def _leftovers(fs: Any, url: str, place: str, old: float) -> dict[str, int]:
+    """Path to bytes of what nothing refers to in one store, whose lock we hold."""
     writer = ShardWriter(url)
-    entries = fs.find(place, detail=True)
-    keys = {name.removeprefix(f"{place}/"): (name, entry["size"]) for name, entry in entries.items()}
     shards = range(layout.num_shards(len(writer.rows)))
     missing = set(writer.missing())
     valid = {layout.marker_key(shard, writer.making) for shard in shards}
     kept = {layout.shard_key(shard) for shard in shards if shard not in missing or writer.sealed()}
-    return dict(
-        value
-        for key, value in keys.items()
-        if key == layout.LOCK
-        or (key.startswith("markers/") and key not in valid)
-        or (key.startswith("c/") and key not in kept)
-    )
+    fs.invalidate_cache()
+    found = {}
+    for name, entry in fs.find(place, detail=True).items():
+        key = name.removeprefix(f"{place}/")
+        garbage = (
+            PARTIAL.search(key)
+            or (key.startswith("markers/") and key not in valid)
+            or (key.startswith("c/") and key not in kept)
+        )
+        if garbage and _modified(entry) < old:
+            found[name] = entry["size"]
+    return found
+
+
+def _modified(entry: dict[str, Any]) -> float:
+    """When a file was last written, as its file system tells; 0 if it does not."""
+    when = entry.get("mtime", entry.get("LastModified", 0))
+    return when.timestamp() if hasattr(when, "timestamp") else float(when or 0)
 
 
 def _dangling_uploads(fs: Any, path: str) -> list[tuple[str, str, str]]:
     """Bucket, key and id of multipart uploads below a path that were begun more than a day ago."""
-    bucket, _, prefix = path.partition("/")
-    listed = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", [])
+    bucket, _, prefix = path.strip("/").partition("/")
+    listed = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
     old = time.time() - 24 * 3600
-    return [(bucket, u["Key"], u["UploadId"]) for u in listed if u["Initiated"].timestamp() < old]
+    return [
+        (bucket, upload["Key"], upload["UploadId"])
+        for upload in listed.get("Uploads", [])
+        if upload["Initiated"].timestamp() < old
+    ]
 
 
 def warm(store: FeatureStore, shards: Iterable[int] | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from feature_store import layout, manifest, packing
 from feature_store.errors import StoreError
 from feature_store.files import absolute, open_folder
-from feature_store.schema import Fingerprint, Row, making
+from feature_store.schema import Fingerprint, Row, making, text
 
 IO_THREADS = 16
 
@@ -37,7 +37,7 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWri
         if differing:
             raise StoreError(f"{url}: another store is in the way ({'; '.join(differing)}); choose another --store")
     if layout.PLAN in there:
-        planned = manifest.rows_of(_read_plan(url, folder.read(layout.PLAN)))
+        planned = _read_plan(url, folder.read(layout.PLAN))
         if making(fingerprint, rows) != making(fingerprint, planned):  # sources may differ: the data lie elsewhere now
             raise StoreError(
                 f"{url}: a store of other images is in the way (expected {len(rows)} rows, got {len(planned)}, "
@@ -50,7 +50,10 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWri
         folder.write(layout.ARRAY, [array])
     elif _without_versions(folder.read(layout.ARRAY)) != _without_versions(array):
         raise StoreError(manifest.damaged(url, layout.ARRAY))
-    return ShardWriter(url)
+    writer = ShardWriter(url)
+    if writer.making != making(fingerprint, rows):
+        raise StoreError(f"{url}: another job made a store of its own there at this moment; run the command again")
+    return writer
 
 
 class ShardWriter:
@@ -69,7 +72,7 @@ class ShardWriter:
         record = read_array(self.url, array)
         self.shape: tuple[int, ...] = tuple(record["shape"])
         self.fingerprint = Fingerprint.of_record(record["attributes"])
-        self.rows = manifest.rows_of(_read_plan(self.url, plan))
+        self.rows = _read_plan(self.url, plan)
         self.making = making(self.fingerprint, self.rows)
 
     @property
@@ -111,7 +114,7 @@ class ShardWriter:
         used to the reason; whatever `features` hold for it, NaN is stored (int8: zeros). Writing a shard again gives
         the same bytes. Raises StoreError if the shape is wrong or a value is not finite in the stored dtype.
         """
-        quarantine = dict(quarantine or {})
+        quarantine = {slot: text(reason) for slot, reason in (quarantine or {}).items()}
         rows = layout.shard_rows(shard, len(self.rows))
         expected = (len(rows), *self.shape[1:-1], self.fingerprint.channels)
         if features.shape != expected or len(sizes) != len(rows):
@@ -204,10 +207,10 @@ def read_array(url: str, data: Any) -> dict[str, Any]:
     return record
 
 
-def _read_plan(url: str, data: Any) -> Any:
+def _read_plan(url: str, data: Any) -> list[Row]:
     try:
-        return manifest.read_table(data)
-    except (OSError, ValueError) as error:  # what pyarrow makes of damaged Parquet
+        return manifest.rows_of(manifest.read_table(data))
+    except (OSError, ValueError, KeyError) as error:  # what pyarrow makes of damaged Parquet
         raise StoreError(f"{manifest.damaged(url, layout.PLAN)} ({str(error).splitlines()[0]})") from None
 
 

@@ -2,7 +2,9 @@
 
 import errno
 import io
-import struct
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -27,15 +29,19 @@ def read_image(path: Source) -> Image.Image:
 
     Raises UserError if the file is missing or is no readable image; OSError if the place it lies on fails.
     """
-    image = ImageOps.exif_transpose(_open(path))
+    return _decoded(path, _rgb)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{path}: expected 8 or 16 bits for a channel, got 32; convert it to JPEG or PNG")
+            raise ValueError("more than 16 bits for a channel")
         wide = image.mode != "I" or values.max() > 255
-        return Image.fromarray((values >> 8 if wide else values).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray((values >> 8 if wide else values).astype(np.uint8))
     if image.mode == "F":
-        raise UserError(f"{path}: expected 8 or 16 bits for a channel, got floats; convert it to JPEG or PNG")
+        raise ValueError("channels of floats")
     return image.convert("RGB")
 
 
@@ -85,36 +91,40 @@ def to_input(
 
 
 def _open(path: Source) -> Image.Image:
-    try:
-        data = _bytes(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected an image file, found nothing there; check the path") from None
-    except (PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{path}: expected a readable image, got: {error.strerror or error}; check the file") from None
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UserError(f"{path}: expected an image file, got a symbolic link to itself") from None
-        raise
+    return _decoded(path, lambda image: image)
+
+
+def _decoded(path: Source, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What `use` makes of the image at a path or URL. Whatever a decoder makes of a bad file is the file's fault."""
+    data = _bytes(path)
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (
-        UnidentifiedImageError,
-        OSError,
-        Image.DecompressionBombError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-    ) as error:
-        reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UserError(f"{path}: expected a readable image, got: {reason}; convert it to JPEG or PNG") from None
-    return image
+        return use(image)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        reason = "not an image of a known format"
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, OverflowError and more
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"{path}: expected a readable image, got: {reason}; convert it to JPEG or PNG")
 
 
 def _bytes(path: Source) -> bytes:
-    """The file at a path of this machine or at any fsspec URL."""
-    if isinstance(path, str) and "://" in path:
-        with fsspec.open(path, "rb") as file:
-            return file.read()
-    return (Path(path) if isinstance(path, str) else path).read_bytes()
+    """The file at a path of this machine or at any fsspec URL. Raises UserError, or OSError if the place fails."""
+    remote = isinstance(path, str) and ("://" in path or "::" in path)
+    try:
+        if remote:
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        return (Path(path) if isinstance(path, str) else path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected an image file, found nothing there; check the path") from None
+    except (zipfile.BadZipFile, zlib.error, IsADirectoryError) as error:
+        raise UserError(f"{path}: expected a readable image, got: {error}; check the file") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP or (isinstance(error, PermissionError) and not remote):
+            raise UserError(f"{path}: expected a readable image, got: {error.strerror}; check the file") from None
+        raise
+    except Exception as error:  # drivers have errors of their own for servers that fail or refuse
+        raise OSError(f"{type(error).__name__}: {error}") from None

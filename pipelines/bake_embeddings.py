@@ -44,7 +44,7 @@ def job(settings: Settings) -> dict[str, Any]:
         feature="embedding",
         model=f"adapter on {made_of.model}",
         weights=state_digest(adapter),
-        layers=f"adapter of {made_of.weights} {made_of.layers}",
+        layers=f"adapter of {made_of.weights} {made_of.layers} in {made_of.precision}, stored as {made_of.dtype}",
         res_px=res,
         grid=made_of.grid,
         channels=settings.model.embedding_channels,

@@ -58,7 +58,6 @@ def job(settings: Settings) -> dict[str, Any]:
     encoding, extraction = settings.encoding, settings.extraction
     encoder = stages.encoder_of(encoding)
     name, rows = stages.read_rows(settings.places, settings.images, settings.splits, encoding.num_views)
-    _, plain = stages.read_rows(settings.places, settings.images, ["train"], num_views=1)
 
     def target(feature: str, res: int, rows: list[Row]) -> stages.Target:
         fingerprint = Fingerprint(
@@ -77,7 +76,9 @@ def job(settings: Settings) -> dict[str, Any]:
         return stages.Target(stages.store_url(settings.places.store, name, feature, res), fingerprint, rows)
 
     targets = [target(feature, encoding.res, rows) for feature in settings.features]
-    targets += [target("early", res, plain) for res in settings.coarse_res if res != encoding.res]
+    if settings.coarse_res:
+        _, plain = stages.read_rows(settings.places, settings.images, ["train"], num_views=1)
+        targets += [target("early", res, plain) for res in settings.coarse_res if res != encoding.res]
     decode = stages.Decode(encoding.view_seed, extraction.on_bad_image)
     return stages.extract(lambda: Wanted(encoding), decode, targets, extraction, settings.places.tracking_uri)
 

@@ -5,7 +5,9 @@ or actor leaves either a finished shard or none, and a new run does only what is
 stores, of several resolutions: each image is decoded once for all its views and sizes.
 """
 
+import functools
 import logging
+import os
 import pickle
 import sys
 import time
@@ -14,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import ray
@@ -25,7 +27,17 @@ from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 from tqdm import tqdm
 
-from feature_store import CacheSettings, FeatureStore, Fingerprint, Row, ShardWriter, StoreFault, create
+from feature_store import (
+    CacheSettings,
+    FeatureStore,
+    Fingerprint,
+    Row,
+    ShardWriter,
+    StoreError,
+    StoreFault,
+    create,
+)
+from feature_store.files import is_url, redacted
 from feature_store.layout import num_shards, shard_rows
 from feature_store.lock import locked
 from fsdino.data.photographs import list_photographs, set_name
@@ -40,8 +52,6 @@ from pipelines.recipes import Encoding, Extraction, Places
 
 Network = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 """A normalised batch (or stored features) and the features that are wanted in, each as `b c g g` out."""
-Read = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
-"""A task: an item's `units` (pickled) in, a row with pixels (or stored features) for each of them out."""
 IMAGES_PER_ITEM = 32
 WARM_UP_SECONDS = 5.0  # a first batch that took longer is not run again only to be timed
 
@@ -129,6 +139,18 @@ def plan_rows(dataset: VocDataset, splits: Sequence[str], num_views: int) -> lis
     return list(rows.values())
 
 
+class Read(Protocol):
+    """A task that brings what the network works on."""
+
+    def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """An item's `units` (pickled) in, for each of them a row of `_row` out."""
+        ...
+
+    def readable(self, row: Row) -> bool:
+        """Whether a row that was quarantined can be read by now."""
+        ...
+
+
 class Single(torch.nn.Module):
     """A network of one feature."""
 
@@ -162,13 +184,19 @@ class Decode:
             try:
                 image = read_image(source)
             except UserError as error:
+                reason = str(error).replace(source, redacted(source))
+                if not is_url(source) and not os.path.isdir(os.path.dirname(source)):
+                    raise StoreFault(
+                        f"{os.path.dirname(source)}: the folder is gone; see to it and run again"
+                    ) from None
                 if self.on_bad_image == "fail":
-                    raise
+                    raise UserError(reason) from None
                 for number, slot in places:
-                    bad[number][slot] = str(error)
+                    bad[number][slot] = reason
                 continue
             except OSError as error:
-                raise StoreFault(f"{source}: {error}; see to it and run the same command again to go on") from None
+                reason = str(error).replace(source, redacted(source))
+                raise StoreFault(f"{redacted(source)}: {reason}; see to it and run the same command again") from None
             for number, slot in places:
                 row = units[number].rows[slot]
                 view = draw_view(self.view_seed, row.sample_id, row.view)
@@ -176,6 +204,14 @@ class Decode:
                 sizes[number][slot] = image.size
         for number, unit in enumerate(units):
             yield _row(unit, bad[number], pixels[number], sizes[number])
+
+    def readable(self, row: Row) -> bool:
+        """See Read."""
+        try:
+            read_image(row.source)
+        except (UserError, OSError):
+            return False
+        return True
 
 
 class ReadStored:
@@ -186,13 +222,23 @@ class ReadStored:
 
     def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """As Decode, the pixels (n, g, g, c) being features; sizes and reasons as the store's manifest has them."""
-        store = FeatureStore(self.url)
+        store = _opened(self.url)
         number = {(sample.sample_id, sample.view): row for row, sample in enumerate(store.samples)}
         for unit in pickle.loads(item["units"]):
             rows = [number[row[:2]] for row in unit.rows]
             reasons = {slot: store.quarantined.get(row[:2]) for slot, row in enumerate(unit.rows)}
             bad = {slot: reason for slot, reason in reasons.items() if reason is not None}
             yield _row(unit, bad, np.nan_to_num(store.read(rows)), np.array([store.sizes[row] for row in rows]))
+
+    def readable(self, row: Row) -> bool:
+        """See Read."""
+        return row[:2] not in _opened(self.url).quarantined
+
+
+@functools.cache
+def _opened(url: str) -> FeatureStore:
+    """A store, opened once in a process."""
+    return FeatureStore(url)
 
 
 def _row(unit: Unit, bad: dict[int, str], pixels: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
@@ -207,9 +253,12 @@ class Compute:
     the network.
     """
 
-    def __init__(self, build: Callable[[], Network], urls: Sequence[str], settings: Extraction):
+    def __init__(self, build: Callable[[], Network], makings: Mapping[str, str], settings: Extraction):
         self.settings = settings
-        self.writers = {url: ShardWriter(url) for url in urls}
+        self.writers = {url: ShardWriter(url) for url in makings}
+        for url, making in makings.items():
+            if self.writers[url].making != making:
+                raise StoreError(f"{url}: it has been made anew since this job began; stop this job")
         self.thread = ThreadPoolExecutor(1)
         self.forward: Forward = self.thread.submit(Forward, build, settings).result()
 
@@ -308,8 +357,10 @@ def extract(
         return {**done, "computed": 0, "bytes": 0, "quarantined": len(bad), "seconds": 0.0}
     with ExitStack() as stack:
         locks = [stack.enter_context(locked(writers[url].folder)) for url in sorted(writers)]
-        for writer in writers.values():
-            bad |= known_bad(writer)
+        # Once more, as another job may have been there until the locks were ours.
+        writers = {target.url: create(target.url, target.fingerprint, target.rows) for target in targets}
+        for target in targets:
+            bad |= known_bad(writers[target.url], target.rows, read)
         missing = {url: writer.missing() for url, writer in writers.items()}
         items = plan_items(targets, missing)
         computed, written = sum(len(unit.rows) for units in items for unit in units), 0
@@ -324,13 +375,17 @@ def extract(
         with tracking.running(tracking_uri, "extract", name, params, tags) as run:
             check_bad(bad, images, settings)
             with tqdm(total=computed, unit="img", desc="extracting", mininterval=1) as bar:
-                for row in compute(build, read, list(writers), items, settings) if items else ():
+                makings = {url: writer.making for url, writer in writers.items()}
+                for row in compute(build, read, makings, items, settings) if items else ():
                     bar.update(int(row["images"]))
                     written += int(row["bytes"])
                     bad |= pickle.loads(row["bad"])
                     check_bad(bad, images, settings)
                     for lock in locks:
                         lock.check()
+            for lock in locks:
+                lock.beat()
+                lock.check()
             for writer in writers.values():
                 writer.seal()
             seconds = round(time.perf_counter() - started, 1)
@@ -343,11 +398,11 @@ def extract(
 def compute(
     build: Callable[[], Network],
     read: Read,
-    urls: Sequence[str],
+    makings: Mapping[str, str],
     items: Sequence[list[Unit]],
     settings: Extraction,
 ) -> Iterator[dict[str, Any]]:
-    """The Ray Data job: what `Compute` returns, for each unit as it is finished.
+    """The Ray Data job: what `Compute` returns, for each unit as it is finished. `makings` are the writers'.
 
     Raises ClusterFault if Ray itself breaks down; finished shards stay.
     """
@@ -368,7 +423,7 @@ def compute(
         ),
         num_cpus=settings.actor_cpus,
         num_gpus=settings.actor_gpus,
-        fn_constructor_args=(build, urls, settings),
+        fn_constructor_args=(build, makings, settings),
     )
     try:
         yield from finished.iter_rows()
@@ -391,30 +446,25 @@ def check_cluster(settings: Extraction) -> None:
             )
 
 
-def known_bad(writer: ShardWriter) -> dict[str, str]:
-    """Images that an earlier run quarantined, and why. Shards with one that can be read by now become missing."""
-    shards = sorted(set(range(num_shards(len(writer.rows)))) - set(writer.missing()))
-    bad: dict[str, str] = {}
+def known_bad(writer: ShardWriter, rows: Sequence[Row], read: Read) -> dict[str, str]:
+    """Images that an earlier run quarantined, and why. Shards with one that can be read by now become missing.
+
+    `rows` are this job's, as the data may have moved since the plan was written.
+    """
+    shards = sorted(set(range(num_shards(len(rows)))) - set(writer.missing()))
+    bad: dict[Row, tuple[int, str]] = {}
     for shard, marker in writer.markers(shards).items():
         if marker is None:
             writer.forget(shard)
-            continue
-        rows = shard_rows(shard, len(writer.rows))
-        still = {writer.rows[rows[slot]].sample_id: reason for slot, reason in marker.quarantine.items()}
-        if any(readable(writer.rows[rows[slot]].source) for slot in marker.quarantine):
-            writer.forget(shard)
         else:
-            bad |= still
-    return bad
-
-
-def readable(source: str) -> bool:
-    """Whether a photograph can be read."""
-    try:
-        read_image(source)
-    except (UserError, OSError):
-        return False
-    return True
+            inside = shard_rows(shard, len(rows))
+            bad |= {rows[inside[slot]]: (shard, reason) for slot, reason in marker.quarantine.items()}
+    with ThreadPoolExecutor() as pool:
+        mended = [row for row, good in zip(bad, pool.map(read.readable, bad), strict=True) if good]
+    again = {bad[row][0] for row in mended}
+    for shard in again:
+        writer.forget(shard)
+    return {row.sample_id: reason for row, (shard, reason) in bad.items() if shard not in again}
 
 
 def check_bad(bad: Mapping[str, str], images: int, settings: Extraction) -> None:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,7 +72,8 @@ def running(
     try:
         yield run
     except BaseException:
-        run.end(ok=False)
+        with suppress(Exception):  # what went wrong first is what counts
+            run.end(ok=False)
         raise
     run.end()
 

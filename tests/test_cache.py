@@ -17,7 +17,7 @@ FINGERPRINT = Fingerprint(
     feature="late", model="m", weights="w1", layers="l", res_px=56, grid=4, channels=8, view_seed=0, preprocessing="p"
 )
 ROWS = [Row(f"image {i}", 0, f"/photos/image {i}.jpg") for i in range(50)]
-SAMPLE = 4 * 4 * 8 * 2 + 4  # bytes in the cache
+SAMPLE = 4 * 4 * 8 * 2  # bytes in the cache
 
 
 def fill(folder, seed=0):
@@ -137,7 +137,7 @@ def test_a_killed_process_leaves_a_cache_that_works(served, tmp_path):
     FeatureStore(url, cache=limit).read(range(10))
     (root,) = (Path(limit.folder)).glob("*/")
     (root / "11.abc.partial").write_bytes(bytes(SAMPLE))  # what a kill leaves behind
-    (Path(limit.folder) / "bytes").write_bytes(b"\xff" * 8)  # and a count that means nothing
+    (Path(limit.folder) / "bytes.fsdino").write_bytes(b"\xff" * 8)  # and a count that means nothing
     store = FeatureStore(url, cache=limit)
     assert np.array_equal(store.read(range(50)), data)
     assert len(cached(tmp_path)) >= 19
@@ -146,9 +146,10 @@ def test_a_killed_process_leaves_a_cache_that_works(served, tmp_path):
 def test_a_full_disk_makes_the_cache_idle_and_nothing_else(served, tmp_path, monkeypatch):
     _, data, url = served
     store = FeatureStore(url, cache=settings(tmp_path))
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert np.array_equal(store.read([1, 2]), data[[1, 2]])
     assert cached(tmp_path) == [] and not list((tmp_path / "cache").rglob("*.partial"))
+    assert int.from_bytes((tmp_path / "cache" / "bytes.fsdino").read_bytes(), "little") == 0
 
 
 def test_a_local_store_needs_no_cache(tmp_path):
@@ -173,3 +174,18 @@ def _removable(limit, cache):
     from feature_store.cache import _unused
 
     return _unused(cache.folder)
+
+
+def test_nothing_but_the_caches_own_is_touched(served, tmp_path):
+    _, data, url = served
+    thesis = tmp_path / "cache" / "thesis"
+    thesis.mkdir(parents=True)
+    (thesis / "chapter").write_bytes(bytes(10**6))
+    store = FeatureStore(url, cache=settings(tmp_path, 5 * SAMPLE))
+    assert np.array_equal(store.read(range(50)), data)
+    assert (thesis / "chapter").exists() and len(cached(tmp_path)) == 5
+
+
+def test_a_place_that_cannot_hold_a_cache_is_said_at_once(served):
+    with pytest.raises(StoreError, match="/proc/cache: no place for a cache"):
+        FeatureStore(served[2], cache=CacheSettings("/proc/cache", 10**9))

@@ -85,8 +85,8 @@ UNREADABLE = {
     "bomb.png": (bomb(60_000), "exceeds limit"),
     "broken.png": (bomb(100)[:-40], "expected a readable image"),
     "photo.heic": (heic(), "not an image of a known format"),
-    "floats.tif": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "got floats"),
-    "32 bits.tif": (encoded(Image.fromarray(GREY.astype(np.int32) * 100_000), "TIFF"), "got 32"),
+    "floats.tif": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "channels of floats"),
+    "32 bits.tif": (encoded(Image.fromarray(GREY.astype(np.int32) * 100_000), "TIFF"), "more than 16 bits"),
 }
 
 
@@ -175,9 +175,10 @@ def test_no_photograph_at_all_is_the_users_mistake(tmp_path):
 
 
 def test_sets_are_called_after_their_folder():
-    assert set_name("/photos of mine/") == "photos-of-mine"
-    assert set_name("s3://bucket/cats/**/*.jpg") == "cats"
-    assert set_name("zip://*.jpg::/data/cats.zip") == "cats.zip"
+    assert set_name("/photos of mine/")[:-6] == "photos-of-mine-"
+    assert set_name("s3://bucket/cats/**/*.jpg")[:-6] == "cats-"
+    assert set_name("zip://*.jpg::/data/cats.zip")[:-6] == "cats.zip-"
+    assert set_name("/camera1/frames") != set_name("/camera2/frames")
 
 
 def test_photographs_in_a_bucket(s3_endpoint):
@@ -212,7 +213,7 @@ def test_an_extraction_keeps_what_is_good_and_lists_what_is_not(hostile, tmp_pat
     done = result_of(command("extract_features", *arguments, "--max-bad-share", 0.9))
     bad = set(UNREADABLE) | {"itself.jpg", "nowhere.jpg"}
     assert done["quarantined"] == len(bad)
-    store = FeatureStore(str(tmp_path / "stores" / "photos-of-mine" / "late@70"))
+    store = FeatureStore(done["stores"][1])
     assert {sample_id for sample_id, _ in store.quarantined} == bad
     assert {row.sample_id for row in store.samples} == bad | set(READABLE) | {"inner/plain.jpg"}
     same = [name for name, (_, pixels) in READABLE.items() if np.array_equal(pixels, PIXELS)]

@@ -91,5 +91,5 @@ def test_a_mended_image_is_read_again_and_a_bad_one_is_not(tmp_path):
     writer.write(0, np.zeros((32, 2, 2, 4)), [(1, 1)] * 32, {3: "not there"})
     writer.write(1, np.zeros((8, 2, 2, 4)), [(1, 1)] * 8, {1: "not there"})
     Image.new("RGB", (5, 5)).save(rows[33].source)
-    assert stages.known_bad(writer) == {"3": "not there"}
+    assert stages.known_bad(writer, rows, stages.Decode(0, "skip")) == {"3": "not there"}
     assert writer.missing() == [1]

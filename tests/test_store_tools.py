@@ -1,6 +1,7 @@
 """`python -m feature_store` on real stores, by the real command."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -177,6 +178,44 @@ def test_a_copy_to_s3_and_back_is_the_same(store, tmp_path, s3_endpoint):
     assert tool("verify", remote)[0].returncode == 0
 
 
+def test_a_copy_follows_a_source_that_was_mended(store, tmp_path):
+    tool("copy", store, tmp_path / "copy")
+    tools.repair(str(store))
+    for marker in (store / "markers").glob("000001*"):
+        marker.unlink()
+    (store / "seal.json").unlink()
+    (store / "manifest.parquet").unlink()
+    extraction(store, DATA + 1)
+    assert tool("copy", store, tmp_path / "copy")[1]["shards"] == 1
+    assert snapshot(tmp_path / "copy") == snapshot(store)
+
+
+def test_two_damaged_small_files_are_both_named(store):
+    (store / "seal.json").write_bytes(b"{}")
+    (store / "zarr.json").write_bytes(b"{}")
+    assert {damage.file for damage in tools.verify(str(store))[1]} == {"seal.json", "zarr.json"}
+    tools.repair(str(store))
+    extraction(store, DATA)
+    assert tools.verify(str(store))[1] == []
+
+
+def test_a_shard_of_another_store_in_the_place_of_ours_is_noticed(store, tmp_path):
+    other = create(str(tmp_path / "other"), replace(FINGERPRINT, weights="w2"), ROWS)
+    other.write(0, DATA[:32] + 1, [(5, 5)] * 32)
+    (store / shard_key(0)).write_bytes((tmp_path / "other" / shard_key(0)).read_bytes())
+    for read in (FeatureStore(str(store)).read, lambda rows: FeatureStore(str(store)).view(rows[0])):
+        with pytest.raises(StoreError, match="shard 0, sample 0"):
+            read([0])
+    assert {damage.shard for damage in tools.verify(str(store))[1]} == {0}
+
+
+def test_ls_goes_on_past_what_is_no_store(store, tmp_path):
+    (tmp_path / "stores" / "a").mkdir()
+    (tmp_path / "stores" / "a" / "zarr.json").write_text('{"zarr_format": 3}')
+    done, result = tool("ls", tmp_path / "stores")
+    assert done.returncode == 0 and len(result["stores"]) == 1 and "expected a feature store" in done.stdout
+
+
 def test_a_damaged_source_is_not_copied(store, tmp_path):
     flip(store / shard_key(1), 99)
     done, _ = tool("copy", store, tmp_path / "copy")
@@ -203,25 +242,33 @@ def test_gc_lists_what_killed_jobs_left_and_deletes_only_when_told(store, tmp_pa
     writer = create(str(half), FINGERPRINT, ROWS)
     writer.write(0, DATA[:32], [(5, 5)] * 32)
     (half / "c/1/0/0").mkdir(parents=True)
-    left = [half / shard_key(1), half / "lock.json", half / "markers/000001.00000000.json"]
-    left += [store / "c/0/0/0/0.abc.partial", tmp_path / "stores" / "rows.parquet.def.partial"]
-    for path in left:
+    left = [half / shard_key(1), half / "markers/000001.00000000.json", store / f"c/0/0/0/0.{'a' * 32}.partial"]
+    foreign = [tmp_path / "stores" / f"x.{'b' * 32}.partial", store / "film.mkv.partial"]
+    for path in left + foreign:
         path.write_bytes(b"123")
+        if path != left[2]:
+            os.utime(path, (0, 0))
+    (half / "lock.json").write_bytes(b"123")  # of a job that was killed
     result = tool("gc", tmp_path / "stores")[1]
-    assert sorted(result["files"]) == sorted(map(str, left)) and result["bytes"] == 15 and not result["deleted"]
+    assert sorted(result["files"]) == sorted(map(str, left[:2])) and not result["deleted"]  # the third is too young
+    result = tool("gc", tmp_path / "stores", "--older-than-hours", 0)[1]
+    assert sorted(result["files"]) == sorted(map(str, left)) and result["bytes"] == 9
     assert all(path.exists() for path in left)
-    assert tool("gc", tmp_path / "stores", "--delete")[1]["deleted"]
-    assert not any(path.exists() for path in left) and snapshot(store) == before
+    assert tool("gc", tmp_path / "stores", "--older-than-hours", 0, "--delete")[1]["deleted"]
+    assert not any(path.exists() for path in left) and all(path.exists() for path in foreign)
+    foreign[1].unlink()
+    assert snapshot(store) == before and not (half / "lock.json").exists()
     assert writer.missing() == [1]
 
 
 def test_gc_leaves_a_store_alone_on_which_a_job_works(tmp_path):
     writer = create(str(tmp_path / "late@28"), FINGERPRINT, ROWS)
-    (tmp_path / "late@28" / "c.abc.partial").write_bytes(b"123")
+    partial = tmp_path / "late@28" / f"c.{'a' * 32}.partial"
+    partial.write_bytes(b"123")
     with locked(writer.folder):
-        result = tools.garbage(str(tmp_path), delete=True)
-    assert result["files"] == [] and result["busy"] == [str(tmp_path / "late@28")]
-    assert (tmp_path / "late@28" / "c.abc.partial").exists()
+        result = tools.garbage(str(tmp_path), delete=True, older_than_hours=0.0)
+    assert result["files"] == [] and "works on this store" in result["left_alone"][0]
+    assert partial.exists()
 
 
 def test_gc_aborts_old_multipart_uploads(s3_endpoint, monkeypatch):
@@ -248,13 +295,13 @@ def test_warm_fills_the_cache_that_training_names(store, tmp_path):
         assert len([p for p in (tmp_path / "cache").glob("*/*") if p.name.isdigit()]) == 40
 
 
-def test_stats_leave_quarantined_samples_out_and_see_bad_numbers(tmp_path):
+def test_stats_count_the_nan_of_quarantined_samples_and_leave_them_out(tmp_path):
     writer = create(str(tmp_path), replace(FINGERPRINT, dtype="float32"), ROWS)
     writer.write(0, DATA[:32], [(5, 5)] * 32, {3: "not an image"})
     writer.write(1, DATA[32:], [(5, 5)] * 8)
     writer.seal()
     result = tools.statistics(str(tmp_path))
-    assert (result["nan"], result["quarantined"], result["infinite"]) == (0, 1, 0)
+    assert (result["nan"], result["quarantined"]) == (2 * 2 * 2, 1)
     assert result["max"] == 39 and result["mean"] == pytest.approx((np.delete(np.arange(40), 3).mean() + 3) / 2)
 
 

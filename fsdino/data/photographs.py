@@ -1,5 +1,6 @@
 """Photographs without labels: a folder, a glob, or either on any fsspec URL."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -18,9 +19,13 @@ SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .hei
 def list_photographs(place: str) -> dict[str, str]:
     """Photographs by their path below the folder (or below a glob's fixed part), sorted; values are paths or URLs.
 
-    Symbolic links are followed, each folder once. Raises UserError if there is none.
+    Symbolic links are followed, each folder once. Raises UserError if there is none, or part of it cannot be listed.
     """
-    found = dict(sorted(_remote(place) if "://" in place else _local(place)))
+    try:
+        found = dict(sorted(_remote(place) if "://" in place else _local(place)))
+    except Exception as error:  # drivers have errors of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--images {place}: cannot be listed: {reason}; check the place and who may read it") from None
     if not found:
         raise UserError(
             f"--images {place}: expected photographs, found none; name a folder with any of "
@@ -30,9 +35,14 @@ def list_photographs(place: str) -> dict[str, str]:
 
 
 def set_name(place: str) -> str:
-    """What a set of photographs is called: the folder's name, or that of a glob's fixed part."""
+    """What a set of photographs is called: its folder's name and a digest of the whole place.
+
+    Folders of one name in different places often hold files of the same names, and are different sets all the same.
+    """
     fixed = place.split("::")[-1] if "::" in place else _fixed_part(place)
-    return re.sub(r"[^\w.-]+", "-", fixed.rstrip("/").rsplit("/", 1)[-1]) or "images"
+    name = re.sub(r"[^\w.-]+", "-", fixed.rstrip("/").rsplit("/", 1)[-1]) or "images"
+    whole = place if "://" in place else os.path.abspath(place)
+    return f"{name}-{hashlib.sha256(whole.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
 def _fixed_part(pattern: str) -> str:
@@ -52,17 +62,24 @@ def _local(place: str) -> Iterator[tuple[str, str]]:
         yield os.path.basename(base), base
         return
     seen: set[str] = set()
-    for folder, inner, names in os.walk(base, followlinks=True):
+    if not os.path.isdir(base):
+        return
+    for folder, inner, names in os.walk(base, followlinks=True, onerror=_raise):
         real = os.path.realpath(folder)
         if real in seen or (deepest is not None and folder.count("/") - base.rstrip("/").count("/") >= deepest):
             inner.clear()
             continue
-        seen.add(real)
-        inner.sort()
+        if deepest is None:  # only then can links lead in circles
+            seen.add(real)
+        inner.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         for name in names:
             path = os.path.join(folder, name)
             if pattern.match(path) if pattern else Path(name).suffix.lower() in SUFFIXES:
                 yield os.path.relpath(path, base), path
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _remote(place: str) -> Iterator[tuple[str, str]]:
@@ -75,4 +92,4 @@ def _remote(place: str) -> Iterator[tuple[str, str]]:
     for name in names:
         if (wild and fs.isfile(name)) or (not wild and Path(name).suffix.lower() in SUFFIXES):
             url = f"{protocol}://{name}{archive}" if archive else fs.unstrip_protocol(name)
-            yield name.removeprefix(base).lstrip("/"), url
+            yield name.removeprefix(base).lstrip("/") or name.rsplit("/", 1)[-1], url
