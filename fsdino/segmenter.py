@@ -23,6 +23,7 @@ from fsdino.prompts import (
     masked_mean,
     prototype_similarity,
 )
+from fsdino.weights import from_hub
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,20 @@ class SupportEncoding(NamedTuple):
     prototype: Float[Tensor, "b c"]
     prompt: Float[Tensor, "b t e"]
     kernel: Float[Tensor, "b k c"] | None
+
+    def save(self, folder: str | Path, **origin) -> None:
+        """Write `support.safetensors` and `support.json`; `origin` is JSON on what was registered with which model.
+
+        Only the model that made an encoding can use it.
+        """
+        state = {name: value for name, value in self._asdict().items() if value is not None}
+        checkpoint.save(folder, "support", state, origin)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> tuple["SupportEncoding", dict]:
+        """The saved encoding and its JSON record. Raises UserError if the folder holds none."""
+        state, record = checkpoint.read(folder, "support")
+        return cls(state["prototype"], state["prompt"], state.get("kernel")), record
 
 
 class Prediction(NamedTuple):
@@ -123,6 +138,22 @@ class Segmenter(nn.Module):
         dense = self.mask_downscaling(dense_logits)
         mask = self.decoder(embedding, self.encoding(late.shape[-1]), support.prompt, dense)
         return Prediction(prior_logits=None if self.correlation is None else dense_logits, mask_logits=mask)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """As `save`, by the name that the ecosystem knows it by."""
+        self.save(folder)
+
+    @classmethod
+    def from_pretrained(cls, place: str | Path) -> "Segmenter":
+        """The segmenter of a folder, or of a repository of the Hugging Face hub (`organisation/name`), in eval mode.
+
+        Raises UserError if there is none, or if it is of an unknown version.
+        """
+        folder = Path(place)
+        if not folder.is_dir():
+            folder = from_hub(f"hf:{place}/{checkpoint.files('segmenter')[1]}").parent
+            from_hub(f"hf:{place}/{checkpoint.files('segmenter')[0]}")
+        return cls.load(folder)[0]
 
     def save(self, folder: str | Path, **origin) -> None:
         """Write `segmenter.safetensors` and `segmenter.json`: config, and `origin` (JSON on where it comes from)."""

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
 from fsdino.errors import UserError
 from fsdino.losses import mask_loss
 from fsdino.prompts import SemanticVisualPrompt, contrast_prototype
-from fsdino.segmenter import Segmenter, SegmenterConfig
+from fsdino.segmenter import Segmenter, SegmenterConfig, SupportEncoding
+from tests.conftest import ROOT
 
 SMALL = SegmenterConfig(early_channels=6, late_channels=10, grid=6, embedding_channels=32)
 
@@ -151,6 +154,86 @@ def test_the_contrast_prototype_is_positive_exactly_nearer_to_the_object():
     outside = torch.nn.functional.normalize(features[0][:, weights[0] == 0].mean(1), dim=0)
     for query in torch.randn(50, 8):
         assert (query @ direction[0] > 0) == (query @ inside > query @ outside)
+
+
+@pytest.mark.parametrize("variant", ["compact", "4d"])
+def test_a_registered_class_can_be_kept_and_used_later(tmp_path, variant):
+    model = Segmenter(dataclasses.replace(SMALL, variant=variant)).eval()
+    late, masks, query, embedding = small_batch(SMALL)
+    with torch.no_grad():
+        support = model.encode_support(late, masks)
+        support.save(tmp_path, name="cat")
+        kept, record = SupportEncoding.load(tmp_path)
+        one, other = (model.segment(query, embedding, s).mask_logits for s in (support, kept))
+    assert torch.equal(one, other) and record["name"] == "cat"
+    assert (kept.kernel is None) == (variant == "compact")
+
+
+def test_a_segmenter_is_saved_and_loaded_as_the_ecosystem_does(tmp_path, monkeypatch):
+    model = Segmenter(SMALL).eval()
+    model.save_pretrained(tmp_path)
+    again = Segmenter.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    asked = []
+    monkeypatch.setattr("fsdino.segmenter.from_hub", lambda name: asked.append(name) or tmp_path / name.rsplit("/")[-1])
+    assert Segmenter.from_pretrained("someone/cats").config == SMALL
+    assert asked == ["hf:someone/cats/segmenter.json", "hf:someone/cats/segmenter.safetensors"]
+
+
+def test_support_and_query_may_come_on_other_grids():
+    model = Segmenter(SMALL).eval()
+    late, masks, *_ = small_batch(dataclasses.replace(SMALL, grid=9))
+    _, _, query, embedding = small_batch(dataclasses.replace(SMALL, grid=13))
+    predicted = model.segment(query, embedding, model.encode_support(late, masks))
+    assert predicted.mask_logits.shape == predicted.prior_logits.shape == (3, 1, 52, 52)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["compact", "4d"])
+def test_halves_and_channels_last_change_little(variant):
+    torch.manual_seed(0)
+    model = Segmenter(dataclasses.replace(SMALL, variant=variant)).eval()
+    late, masks, query, embedding = small_batch(SMALL)
+    support = model.encode_support(late, masks)
+    expected = model.segment(query, embedding, support).mask_logits
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.segment(query, embedding, support).mask_logits.float()
+    assert (half - expected).abs().max() < 0.1 * expected.std()
+    model, last = model.to(memory_format=torch.channels_last), torch.channels_last
+    other = model.segment(query.to(memory_format=last), embedding.to(memory_format=last), support).mask_logits
+    torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
+
+
+COMPILED = """
+import sys, torch
+from fsdino.segmenter import Segmenter, SegmenterConfig
+
+class Segment(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, late, embedding, support):
+        return self.model.segment(late, embedding, support)
+
+torch.manual_seed(0)
+model = Segmenter(SegmenterConfig(6, 10, grid=6, embedding_channels=32, variant=sys.argv[1])).eval()
+late, mask = torch.randn(2, 1, 10, 6, 6), torch.ones(2, 1, 30, 30)
+inputs = (torch.randn(2, 10, 6, 6), torch.randn(2, 32, 6, 6))
+with torch.no_grad():
+    support = model.encode_support(late, mask)
+    expected = model.segment(*inputs, support)
+    whole = torch.compile(model.segment, fullgraph=True, backend="eager")(*inputs, support)
+    exported = torch.export.export(Segment(model), (*inputs, support)).module()(*inputs, support)
+assert torch.equal(whole.mask_logits, expected.mask_logits), "compiled"
+assert torch.equal(exported.mask_logits, expected.mask_logits), "exported"
+"""
+
+
+@pytest.mark.parametrize("variant", ["compact", "4d"])
+def test_segment_compiles_as_one_graph_and_exports_with_equal_outputs(variant):
+    """In a process of its own: the shape checks of these tests are no part of what users compile."""
+    done = subprocess.run([sys.executable, "-c", COMPILED, variant], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.gpu
