@@ -52,6 +52,10 @@ class Encoder(Protocol):
         """The early features alone, as cheaply as the encoder can."""
         ...
 
+    def layer_maps(self, x: Float[Tensor, "b 3 r r"]) -> dict[str, Tensor]:
+        """The output of every layer or stage by its name, from the first to the last, without any norm."""
+        ...
+
 
 class _VitEncoder(nn.Module):
     """What encoders made of a ViT of timm share: `early` is block 3 (index 2), `late` the last block.
@@ -102,19 +106,30 @@ class DinoV2Encoder(_VitEncoder):
         """The early features alone, for a quarter of the work."""
         return self._map(self._early_tokens(x), self.early_norm)
 
+    def layer_maps(self, x: Float[Tensor, "b 3 r r"]) -> dict[str, Tensor]:
+        """Every block's output, numbered from 1 as the paper does."""
+        tokens, maps = self._embedded(x), {}
+        for number, block in enumerate(self.vit.blocks, start=1):
+            tokens = block(tokens)
+            maps[str(number)] = self._map(tokens, norm=False)
+        return maps
+
     def _early_tokens(self, x: Tensor) -> Tensor:
+        tokens = self._embedded(x)
+        for block in self.vit.blocks[: self.early_index + 1]:
+            tokens = block(tokens)
+        return tokens
+
+    def _embedded(self, x: Tensor) -> Tensor:
+        """The tokens that the first block gets."""
         vit = self.vit
         patches = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
         first = [vit.cls_token.expand(len(x), -1, -1)]
         positions = self._position(x.shape[-1] // self.patch_px).to(patches.dtype)
         if vit.reg_token is not None:  # timm adds the class token's position to the token itself
             first.append(vit.reg_token.expand(len(x), -1, -1))
-            tokens = torch.cat([*first, patches + positions], dim=1)
-        else:
-            tokens = torch.cat([*first, patches], dim=1) + positions
-        for block in vit.blocks[: self.early_index + 1]:
-            tokens = block(tokens)
-        return tokens
+            return torch.cat([*first, patches + positions], dim=1)
+        return torch.cat([*first, patches], dim=1) + positions
 
     def _position(self, grid: int) -> Tensor:
         """The position embedding at a grid."""
@@ -171,6 +186,11 @@ class TimmVitEncoder(_VitEncoder):
         """The early features alone."""
         return self._normed(self._layers(x, [self.early_index])[0], self.early_norm)
 
+    def layer_maps(self, x: Float[Tensor, "b 3 r r"]) -> dict[str, Tensor]:
+        """Every block's output, numbered from 1."""
+        maps = self._layers(x, list(range(self.late_index + 1)))
+        return {str(number): features for number, features in enumerate(maps, start=1)}
+
     def _layers(self, x: Tensor, indices: list[int]) -> list[Tensor]:
         return self.vit.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
 
@@ -216,6 +236,11 @@ class EfficientNetLiteEncoder(nn.Module):
     def early(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b c g g"]:
         """The early features alone."""
         return self(x).early
+
+    def layer_maps(self, x: Float[Tensor, "b 3 r r"]) -> dict[str, Tensor]:
+        """Every stage's output on its own grid, called by its stride."""
+        strides = self.net.feature_info.reduction()
+        return {f"stride {stride}": stage for stride, stage in zip(strides, self.net(x), strict=True)}
 
 
 DINOV2_TIMM = {

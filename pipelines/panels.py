@@ -1,8 +1,10 @@
 """Picture panels: rows of equal squares with a caption over each column."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from fsdino.data.episodes import Episode
@@ -29,6 +31,29 @@ def heat(probability: np.ndarray) -> Image.Image:
     return Image.fromarray((np.clip(probability, 0, 1) * 255).astype(np.uint8)).convert("RGB")
 
 
+def marked(image: Image.Image, x: float, y: float) -> Image.Image:
+    """The image with a cross at a point, given as shares of width and height."""
+    square = image.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR)
+    draw, at, reach = ImageDraw.Draw(square), (x * CELL_PX, y * CELL_PX), 8
+    draw.line([at[0] - reach, at[1], at[0] + reach, at[1]], fill="red", width=3)
+    draw.line([at[0], at[1] - reach, at[0], at[1] + reach], fill="red", width=3)
+    return square
+
+
+def curve(names: Sequence[str], values: Sequence[float], what: str, where: str) -> Image.Image:
+    """One value for each name, as a line with points."""
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(len(names)), values, marker="o")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlabel(f"layer of {where}")
+    axes.set_ylabel(what)
+    axes.grid(alpha=0.3)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file)
+
+
 def panel(columns: Sequence[str], rows: Sequence[Sequence[Image.Image | None]]) -> Image.Image:
     """All rows under the columns' captions; None leaves a cell empty."""
     step = CELL_PX + GAP_PX
@@ -45,7 +70,8 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image.Image | None]]) 
 
 
 def embeddings(images: Sequence[Image.Image], teacher: np.ndarray, student: np.ndarray) -> Image.Image:
-    """Images with teacher and student embeddings (n, g, g, e) in the colours of one PCA of the teacher's."""
+    """Images with teacher and student embeddings (n, g, g, e) in the colours of one PCA of the teacher's, and with
+    the self-similarity of both at the image's middle (Fig. 2)."""
     flat = teacher.reshape(-1, teacher.shape[-1]).astype(np.float64)
     mean = flat.mean(0)
     _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
@@ -56,8 +82,17 @@ def embeddings(images: Sequence[Image.Image], teacher: np.ndarray, student: np.n
         small = Image.fromarray((np.clip(shares, 0, 1) * 255).astype(np.uint8))
         return small.resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
 
-    rows = [[image, colours(t), colours(s)] for image, t, s in zip(images, teacher, student, strict=True)]
-    return panel(("image", "teacher", "student"), rows)
+    def alike(one: np.ndarray) -> Image.Image:
+        """Cosines with the middle position, stretched: what the network takes for alike to it."""
+        unit = one / np.linalg.norm(one, axis=-1, keepdims=True).clip(1e-6)
+        cosines = unit @ unit[one.shape[0] // 2, one.shape[1] // 2]
+        return heat((cosines - cosines.min()) / max(float(np.ptp(cosines)), 1e-6))
+
+    rows = [
+        [marked(image, 0.5, 0.5), colours(t), colours(s), alike(t), alike(s)]
+        for image, t, s in zip(images, teacher, student, strict=True)
+    ]
+    return panel(("image", "teacher", "student", "teacher, like the cross", "student"), rows)
 
 
 def episodes(dataset: VocDataset, view_seed: int, drawn: Sequence[Episode], predicted: Prediction) -> Image.Image:
