@@ -171,8 +171,13 @@ class Decode:
         self.view_seed, self.on_bad_image = view_seed, on_bad_image
 
     def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """`units` in; for each of them a row of `_row`, its pixels (n, r, r, 3), out."""
-        units: list[Unit] = pickle.loads(item["units"])
+        """`units` in; for each of them a row of `_row`, its pixels (n, r, r, 3), out; or one row with the error."""
+        try:
+            yield from self._decode(pickle.loads(item["units"]))
+        except (UserError, StoreError) as error:
+            yield _error_row(error)
+
+    def _decode(self, units: list[Unit]) -> Iterator[dict[str, Any]]:
         pixels = [np.zeros((len(unit.rows), unit.res_px, unit.res_px, 3), np.uint8) for unit in units]
         sizes = [np.zeros((len(unit.rows), 2), np.int32) for unit in units]
         bad: list[dict[int, str]] = [{} for _ in units]
@@ -222,9 +227,15 @@ class ReadStored:
 
     def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """As Decode, the pixels (n, g, g, c) being features; sizes and reasons as the store's manifest has them."""
+        try:
+            yield from self._read(pickle.loads(item["units"]))
+        except StoreError as error:
+            yield _error_row(error)
+
+    def _read(self, units: list[Unit]) -> Iterator[dict[str, Any]]:
         store = _opened(self.url)
         number = {(sample.sample_id, sample.view): row for row, sample in enumerate(store.samples)}
-        for unit in pickle.loads(item["units"]):
+        for unit in units:
             rows = [number[row[:2]] for row in unit.rows]
             reasons = {slot: store.quarantined.get(row[:2]) for slot, row in enumerate(unit.rows)}
             bad = {slot: reason for slot, reason in reasons.items() if reason is not None}
@@ -246,6 +257,15 @@ def _row(unit: Unit, bad: dict[int, str], pixels: np.ndarray, sizes: np.ndarray)
     return {"unit": pickle.dumps((unit, bad)), "pixels": pixels, "sizes": sizes}
 
 
+def _error_row(error: Exception) -> dict[str, Any]:
+    """An error as a row, since Ray Data would lose what it is; the driver raises it."""
+    return {
+        "unit": pickle.dumps(error),
+        "pixels": np.zeros((0, 1, 1, 3), np.uint8),
+        "sizes": np.zeros((0, 2), np.int32),
+    }
+
+
 class Compute:
     """Actor: the network over a shard, then the shard and its marker into every store.
 
@@ -263,8 +283,22 @@ class Compute:
         self.forward: Forward = self.thread.submit(Forward, build, settings).result()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch of one unit; returns images and bytes written, and (pickled) quarantined ids with their reasons."""
-        unit, bad = pickle.loads(batch["unit"][0])
+        """A batch of one unit; returns images and bytes written, and (pickled) quarantined ids with their reasons.
+
+        Or, in the place of those, an error.
+        """
+        try:
+            images, written, said = self._write(batch)
+        except (UserError, StoreError) as error:
+            images, written, said = 0, 0, error
+        counts = {"images": np.array([images]), "bytes": np.array([written])}
+        return counts | {"bad": np.array([pickle.dumps(said)], object)}
+
+    def _write(self, batch: dict[str, np.ndarray]) -> tuple[int, int, Any]:
+        loaded = pickle.loads(batch["unit"][0])
+        if isinstance(loaded, Exception):
+            raise loaded
+        unit, bad = loaded
         pixels, sizes = batch["pixels"][0], batch["sizes"][0]
         wanted = tuple(dict.fromkeys(unit.features))
         features = self.thread.submit(self.forward, pixels, wanted).result()
@@ -273,9 +307,7 @@ class Compute:
             self.writers[url].write(unit.shard, features[name], sized, bad)
             for url, name in zip(unit.urls, unit.features, strict=True)
         )
-        reasons = {unit.rows[slot].sample_id: reason for slot, reason in bad.items()}
-        counts = {"images": np.array([len(pixels)]), "bytes": np.array([written])}
-        return counts | {"bad": np.array([pickle.dumps(reasons)], object)}
+        return len(pixels), written, {unit.rows[slot].sample_id: reason for slot, reason in bad.items()}
 
 
 class Forward:
@@ -379,7 +411,10 @@ def extract(
                 for row in compute(build, read, makings, items, settings) if items else ():
                     bar.update(int(row["images"]))
                     written += int(row["bytes"])
-                    bad |= pickle.loads(row["bad"])
+                    said = pickle.loads(row["bad"])
+                    if isinstance(said, Exception):
+                        raise said
+                    bad |= said
                     check_bad(bad, images, settings)
                     for lock in locks:
                         lock.check()
@@ -520,7 +555,10 @@ def estimate(
         sample = alike[0]._replace(rows=alike[0].rows[:batch])
         wanted = tuple(dict.fromkeys(sample.features))
         started = time.perf_counter()
-        pixels = next(read({"units": pickle.dumps([sample])}))["pixels"]
+        row = next(iter(read({"units": pickle.dumps([sample])})))
+        loaded, pixels = pickle.loads(row["unit"]), row["pixels"]
+        if isinstance(loaded, Exception):
+            raise loaded
         reading, started = time.perf_counter() - started, time.perf_counter()
         forward(pixels, wanted)
         computing = time.perf_counter() - started
