@@ -63,8 +63,8 @@ class Folder(ABC):
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is a URL (or a chain of them) rather than a path, which may hold a colon."""
-    return "://" in place or "::" in place
+    """Whether a place is a URL (or a chain of them) rather than a path, which may hold any number of colons."""
+    return not place.startswith("/") and ("://" in place or "::" in place)
 
 
 def absolute(url: str) -> str:

@@ -112,7 +112,7 @@ def _decoded(path: Source, use: Callable[[Image.Image], Image.Image]) -> Image.I
 
 def _bytes(path: Source) -> bytes:
     """The file at a path of this machine or at any fsspec URL. Raises UserError, or OSError if the place fails."""
-    remote = isinstance(path, str) and ("://" in path or "::" in path)
+    remote = isinstance(path, str) and not path.startswith("/") and "://" in path
     try:
         if remote:
             with fsspec.open(path, "rb") as file:

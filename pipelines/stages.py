@@ -274,11 +274,7 @@ class Compute:
     """
 
     def __init__(self, build: Callable[[], Network], makings: Mapping[str, str], settings: Extraction):
-        self.settings = settings
-        self.writers = {url: ShardWriter(url) for url in makings}
-        for url, making in makings.items():
-            if self.writers[url].making != making:
-                raise StoreError(f"{url}: it has been made anew since this job began; stop this job")
+        self.makings = makings
         self.thread = ThreadPoolExecutor(1)
         self.forward: Forward = self.thread.submit(Forward, build, settings).result()
 
@@ -294,17 +290,27 @@ class Compute:
         counts = {"images": np.array([images]), "bytes": np.array([written])}
         return counts | {"bad": np.array([pickle.dumps(said)], object)}
 
+    @functools.cached_property
+    def writers(self) -> dict[str, ShardWriter]:
+        """Of each store; opened at the first shard, where an error can still be told."""
+        writers = {url: ShardWriter(url) for url in self.makings}
+        for url, making in self.makings.items():
+            if writers[url].making != making:
+                raise StoreError(f"{url}: it has been made anew since this job began; stop this job")
+        return writers
+
     def _write(self, batch: dict[str, np.ndarray]) -> tuple[int, int, Any]:
         loaded = pickle.loads(batch["unit"][0])
         if isinstance(loaded, Exception):
             raise loaded
         unit, bad = loaded
+        writers = self.writers
         pixels, sizes = batch["pixels"][0], batch["sizes"][0]
         wanted = tuple(dict.fromkeys(unit.features))
         features = self.thread.submit(self.forward, pixels, wanted).result()
         sized = [(int(w), int(h)) for w, h in sizes]
         written = sum(
-            self.writers[url].write(unit.shard, features[name], sized, bad)
+            writers[url].write(unit.shard, features[name], sized, bad)
             for url, name in zip(unit.urls, unit.features, strict=True)
         )
         return len(pixels), written, {unit.rows[slot].sample_id: reason for slot, reason in bad.items()}

@@ -75,6 +75,7 @@ READABLE = {
     "new\nline.png": (encoded(Image.fromarray(PIXELS), "PNG"), PIXELS),
     "Фото 写真 🐈.png": (encoded(Image.fromarray(PIXELS), "PNG"), PIXELS),
     "hash#question?percent%20.png": (encoded(Image.fromarray(PIXELS), "PNG"), PIXELS),
+    "two::colons.png": (encoded(Image.fromarray(PIXELS), "PNG"), PIXELS),
     "one pixel.png": (encoded(Image.fromarray(PIXELS[:1, :1]), "PNG"), PIXELS[:1, :1]),
 }
 UNREADABLE = {

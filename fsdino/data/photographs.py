@@ -22,7 +22,7 @@ def list_photographs(place: str) -> dict[str, str]:
     Symbolic links are followed, each folder once. Raises UserError if there is none, or part of it cannot be listed.
     """
     try:
-        found = dict(sorted(_remote(place) if "://" in place else _local(place)))
+        found = dict(sorted(_remote(place) if _is_url(place) else _local(place)))
     except Exception as error:  # drivers have errors of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--images {place}: cannot be listed: {reason}; check the place and who may read it") from None
@@ -39,10 +39,14 @@ def set_name(place: str) -> str:
 
     Folders of one name in different places often hold files of the same names, and are different sets all the same.
     """
-    fixed = place.split("::")[-1] if "::" in place else _fixed_part(place)
+    fixed = place.split("::")[-1] if _is_url(place) and "::" in place else _fixed_part(place)
     name = re.sub(r"[^\w.-]+", "-", fixed.rstrip("/").rsplit("/", 1)[-1]) or "images"
-    whole = place if "://" in place else os.path.abspath(place)
+    whole = place if _is_url(place) else os.path.abspath(place)
     return f"{name}-{hashlib.sha256(whole.encode(errors='surrogateescape')).hexdigest()[:6]}"
+
+
+def _is_url(place: str) -> bool:
+    return not place.startswith("/") and "://" in place
 
 
 def _fixed_part(pattern: str) -> str:
