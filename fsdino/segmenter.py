@@ -44,6 +44,8 @@ class SegmenterConfig:
     paper's, where the map enters at half the grid alone."""
     semantic_prompt: bool = True
     """SVP as the sparse prompt; off means SAM's empty one (Table 4, first row)."""
+    joint_adapter: bool = False
+    """Train the adapter along with the rest instead of keeping it frozen after distillation, for ablation."""
     sam_extras: bool = True
     """Keep SAM's IoU head and three further mask tokens (needed to reproduce SAM's checkpoint)."""
 
@@ -78,13 +80,13 @@ class Prediction(NamedTuple):
 
 
 class Segmenter(nn.Module):
-    """Adapter (frozen after distillation), meta-visual prompts and SAM's decoder."""
+    """Adapter (frozen after distillation unless `joint_adapter`), meta-visual prompts and SAM's decoder."""
 
     def __init__(self, config: SegmenterConfig):
         super().__init__()
         self.config = config
         width = config.embedding_channels
-        self.adapter = BottleneckAdapter(config.early_channels, width).requires_grad_(False)
+        self.adapter = BottleneckAdapter(config.early_channels, width).requires_grad_(config.joint_adapter)
         self.prompt = SemanticVisualPrompt(config.late_channels, width) if config.semantic_prompt else None
         self.correlation = None
         if config.variant == "4d":

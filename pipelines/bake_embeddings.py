@@ -2,7 +2,7 @@
 
     python -m pipelines.bake_embeddings --recipe offline
 
-The segmenter trains on these 256 channels and never reads `early`. `--no-distilled` bakes a random adapter instead
+The segmenter trains on these 256 channels and never reads `early`. `--adapter random` bakes a random adapter instead
 (store `embedding-random`), for the ablation.
 """
 
@@ -31,6 +31,8 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Plan, bake, seal."""
+    if settings.model.adapter == "joint":
+        raise UserError("--adapter joint: such an adapter learns from early features; nothing is to be baked, train it")
     dataset, res = VocDataset(settings.places.data), settings.encoding.res
     early = stages.open_store(settings.places, dataset.name, "early", settings.encoding)
     adapter = training.load_adapter(settings.places, dataset.name, settings.model, early.fingerprint)

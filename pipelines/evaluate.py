@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ from fsdino.segmenter import Prediction, Segmenter
 from fsdino.weights import state_digest
 from pipelines import panels, stages, tracking, training
 from pipelines.cli import main
-from pipelines.loading import EpisodeBatch, EpisodeLoader
+from pipelines.loading import EpisodeBatch, EpisodeLoader, predict
 from pipelines.recipes import Computing, Encoding, Model, Places, RecipeName, Testing
 
 BATCH = 8
@@ -63,38 +63,36 @@ class Settings:
 def job(settings: Settings) -> dict[str, Any]:
     """Check, run the episodes, score, log."""
     dataset, places = VocDataset(settings.places.data), settings.places
-    model, variant = None, settings.method
+    model, title = None, settings.method
     images = dataset.test_images(settings.fold)
     late = stages.open_store(places, dataset.name, "late", settings.encoding)
     if settings.computing.gpu and not torch.cuda.is_available():
         raise UserError("--gpu: expected a CUDA device on this machine, found none; take --no-gpu")
     device = torch.device("cuda" if settings.computing.gpu else "cpu")
-    embedding = None
+    query = None
     if settings.method == "segmenter":
-        segmenter, embedding = open_segmenter(settings, dataset.name, late)
-        model, variant = segmenter.config, segmenter.config.variant
-        predict = trained(segmenter.to(device), training.autocast(settings.computing, device))
+        segmenter, title, query = open_segmenter(settings, dataset.name, late)
+        model = segmenter.config
+        method = trained(segmenter.to(device), training.autocast(settings.computing, device))
     else:
-        predict = training_free(settings.method)
+        method = training_free(settings.method)
     sampler = EpisodeSampler(
-        stages.usable(images, late, embedding),
+        stages.usable(images, late, query),
         shots=settings.shots,
         fold=settings.fold,
         seed=settings.testing.test_seed,
         training=False,
     )
-    loader = EpisodeLoader(dataset, late, embedding, settings.encoding.res)
+    loader = EpisodeLoader(dataset, late, query, settings.encoding.res)
     identity = training.identity_of(testing=settings.testing, model=model, encoding=settings.encoding)
-    identity |= {"fold": settings.fold, "shots": settings.shots, "method": variant, "protocol": dataset.protocol}
+    identity |= {"fold": settings.fold, "shots": settings.shots, "method": title, "protocol": dataset.protocol}
     tags = {"dataset": dataset.name, "store.late": str(asdict(late.fingerprint))}
-    with tracking.running(places.tracking_uri, "evaluate", f"fold{settings.fold}-{variant}", identity, tags) as run:
-        score = score_episodes(
-            predict, loader, sampler, settings.testing.episodes, device, dataset.novel(settings.fold)
-        )
+    with tracking.running(places.tracking_uri, "evaluate", f"fold{settings.fold}-{title}", identity, tags) as run:
+        score = score_episodes(method, loader, sampler, settings.testing.episodes, device, dataset.novel(settings.fold))
         result = score.result()
         shown = loader.load([sampler.episode(i) for i in range(min(PANEL_ROWS, settings.testing.episodes))]).to(device)
         with torch.inference_mode():
-            picture = panels.episodes(dataset, loader.view_seed, shown.episodes, predict(shown))
+            picture = panels.episodes(dataset, loader.view_seed, shown.episodes, method(shown))
         run.picture(picture, "panels/test.png")
         if settings.panel:
             picture.save(settings.panel)
@@ -107,20 +105,20 @@ def job(settings: Settings) -> dict[str, Any]:
         "shots": settings.shots,
         "episodes": settings.testing.episodes,
         "seed": settings.testing.test_seed,
-        "variant": variant,
+        "variant": title,
         "miou": result["miou"],
         "fb_iou": result["fb_iou"],
         "per_class": per_class,
     }
 
 
-def open_segmenter(settings: Settings, dataset: str, late: FeatureStore) -> tuple[Segmenter, FeatureStore]:
-    """The checkpoint and the embeddings that belong to it.
+def open_segmenter(settings: Settings, dataset: str, late: FeatureStore) -> tuple[Segmenter, str, FeatureStore]:
+    """The checkpoint, its title, and the store of embeddings (`early` for a joint adapter) that belongs to it.
 
     Raises UserError if the checkpoint was trained on features of other weights, or for another fold.
     """
     places = settings.places
-    url = settings.checkpoint or f"{places.out}/{dataset}/fold{settings.fold}-{settings.model.variant}/final"
+    url = settings.checkpoint or f"{places.out}/{dataset}/fold{settings.fold}-{settings.model.title}/final"
     with tempfile.TemporaryDirectory() as folder:
         segmenter, record = Segmenter.load(training.fetch(url, folder, checkpoint_files("segmenter")))
     made_on = record["late"]
@@ -133,12 +131,24 @@ def open_segmenter(settings: Settings, dataset: str, late: FeatureStore) -> tupl
         raise UserError(
             f"{url}: trained for fold {record['fold']}, so it knows the classes of fold {settings.fold}; test its own"
         )
-    return segmenter, training.open_embedding(places, dataset, settings.model, late, state_digest(segmenter.adapter))
+    config, adapter = segmenter.config, settings.model.adapter
+    model = replace(
+        settings.model,
+        variant=config.variant,
+        semantic_prompt=config.semantic_prompt,
+        adapter="joint" if config.joint_adapter else "distilled" if adapter == "joint" else adapter,
+    )
+    if config.joint_adapter:
+        weights = late.fingerprint.weights
+        query = stages.open_store(places, dataset, "early", settings.encoding, weights=weights)
+    else:
+        query = training.open_embedding(places, dataset, model, late, state_digest(segmenter.adapter))
+    return segmenter, model.title, query
 
 
 @torch.inference_mode()
 def score_episodes(
-    predict: Callable[[EpisodeBatch], Prediction],
+    method: Callable[[EpisodeBatch], Prediction],
     loader: EpisodeLoader,
     sampler: EpisodeSampler,
     episodes: int,
@@ -150,7 +160,7 @@ def score_episodes(
     batches = (range(at, min(at + BATCH, episodes)) for at in range(0, episodes, BATCH))
     with tqdm(total=episodes, unit="episode", desc="evaluating", mininterval=5, file=sys.stderr) as bar:
         for batch in loader.batches(sampler, batches):
-            logits = predict(batch.to(device)).mask_logits
+            logits = method(batch.to(device)).mask_logits
             for episode, one in zip(batch.episodes, logits, strict=True):
                 label = binary_label(loader.dataset.label(episode.query), episode.class_id)
                 score.add(at_size(one, label.shape).cpu().numpy() > 0, label, episode.class_id)
@@ -166,12 +176,11 @@ def at_size(logits: Tensor, size: tuple[int, ...]) -> Tensor:
 def trained(segmenter: Segmenter, precision: AbstractContextManager) -> Callable[[EpisodeBatch], Prediction]:
     """The segmenter as a function of a batch, at the precision it was trained with."""
 
-    def predict(batch: EpisodeBatch) -> Prediction:
+    def predicted(batch: EpisodeBatch) -> Prediction:
         with precision:
-            support = segmenter.encode_support(batch.support_late, batch.support_masks)
-            return segmenter.segment(batch.query_late, batch.query_embedding, support)
+            return predict(segmenter, batch)
 
-    return predict
+    return predicted
 
 
 def training_free(method: str) -> Callable[[EpisodeBatch], Prediction]:
@@ -182,11 +191,11 @@ def training_free(method: str) -> Callable[[EpisodeBatch], Prediction]:
         "nearest": baselines.nearest_logits,
     }[method]
 
-    def predict(batch: EpisodeBatch) -> Prediction:
+    def predicted(batch: EpisodeBatch) -> Prediction:
         found = logits(batch.support_late, batch.support_masks, batch.query_late)
         return Prediction(prior_logits=None, mask_logits=found)
 
-    return predict
+    return predicted
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from feature_store import FeatureStore
 from fsdino.data.episodes import Episode, EpisodeSampler
 from fsdino.data.views import draw_view
 from fsdino.data.voc import VocDataset, binary_label
+from fsdino.segmenter import Prediction, Segmenter
 
 LABELS_KEPT = 8192  # 160 kB each at 400 px
 
@@ -28,8 +29,8 @@ class EpisodeBatch:
     """(B, K, s, s), 0 or 1; void counts as 0."""
     query_late: Tensor
     """(B, C, g, g)"""
-    query_embedding: Tensor | None
-    """(B, E, g, g); None where no embedding store was given."""
+    query_input: Tensor | None
+    """(B, E, g, g): embeddings, or early features where no frozen adapter made any; None if no store was given."""
     query_labels: Tensor
     """(B, s, s) uint8: 1 the class, 0 elsewhere, 255 void."""
 
@@ -40,19 +41,28 @@ class EpisodeBatch:
             self.support_late.to(device, torch.float32),
             self.support_masks.to(device, torch.float32),
             self.query_late.to(device, torch.float32),
-            None if self.query_embedding is None else self.query_embedding.to(device, torch.float32),
+            None if self.query_input is None else self.query_input.to(device, torch.float32),
             self.query_labels.to(device),
         )
+
+
+def predict(segmenter: Segmenter, batch: EpisodeBatch) -> Prediction:
+    """What a segmenter finds in the queries of a batch."""
+    support = segmenter.encode_support(batch.support_late, batch.support_masks)
+    embedding = segmenter.embed(batch.query_input) if segmenter.config.joint_adapter else batch.query_input
+    return segmenter.segment(batch.query_late, embedding, support)
 
 
 class EpisodeLoader:
     """Reads any episode; labels under a view are kept in memory, the most recent ones.
 
+    `query` is the store of what queries bring besides `late`: `embedding`, or `early`.
+
     A mirrored image is its mirrored features and label: right up to the network's own left-right asymmetries.
     """
 
-    def __init__(self, dataset: VocDataset, late: FeatureStore, embedding: FeatureStore | None, label_px: int):
-        self.dataset, self.late, self.embedding, self.label_px = dataset, late, embedding, label_px
+    def __init__(self, dataset: VocDataset, late: FeatureStore, query: FeatureStore | None, label_px: int):
+        self.dataset, self.late, self.query, self.label_px = dataset, late, query, label_px
         self.view_seed = late.fingerprint.view_seed
         self._labels: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
@@ -62,17 +72,17 @@ class EpisodeLoader:
         flat_ids, flat_views = [i for row in ids for i in row], [v for e in episodes for v in e.views]
         flips = torch.tensor([e.flips for e in episodes])
         late = _channels_first(self.late.rows(flat_ids, flat_views)).unflatten(0, flips.shape)
-        embedding = None
-        if self.embedding is not None:
-            queries = self.embedding.rows([e.query for e in episodes], [e.views[0] for e in episodes])
-            embedding = _mirror(_channels_first(queries), flips[:, 0])
+        query_input = None
+        if self.query is not None:
+            queries = self.query.rows([e.query for e in episodes], [e.views[0] for e in episodes])
+            query_input = _mirror(_channels_first(queries), flips[:, 0])
         late, labels = _mirror(late, flips), _mirror(torch.from_numpy(self._labels_of(ids, episodes)), flips)
         return EpisodeBatch(
             episodes=episodes,
             support_late=late[:, 1:],
             support_masks=labels[:, 1:] == 1,
             query_late=late[:, 0],
-            query_embedding=embedding,
+            query_input=query_input,
             query_labels=labels[:, 0],
         )
 

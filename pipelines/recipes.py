@@ -143,8 +143,15 @@ class Model:
     """Add the similarity map at full grid to the 4D prior's logits, to be refined; off: the paper's."""
     semantic_prompt: bool = True
     """Semantic visual prompt as the sparse prompt."""
-    distilled: bool = True
-    """Bake embeddings with the distilled adapter; off takes a random one, for ablation."""
+    adapter: Literal["distilled", "joint", "random"] = "distilled"
+    """What makes image embeddings: the distilled adapter; or, for ablation, a random one that is trained along with the
+    segmenter, or a random one that stays as it is. Only `joint` needs no baked embeddings."""
+
+    @property
+    def title(self) -> str:
+        """What runs and tables call it: its variant and what it leaves out of the method."""
+        without = "" if self.semantic_prompt else "-no-svp"
+        return self.variant + without + ("" if self.adapter == "distilled" else f"-{self.adapter}")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from fsdino.teacher import sam_decoder_state
 from fsdino.weights import state_digest
 from pipelines import panels, stages, tracking, training
 from pipelines.cli import main
-from pipelines.loading import EpisodeBatch, EpisodeLoader
+from pipelines.loading import EpisodeBatch, EpisodeLoader, predict
 from pipelines.recipes import Computing, Encoding, Episodic, Model, Places, RecipeName, Workers
 
 PANEL_ROWS = 4
@@ -48,7 +48,7 @@ class Settings:
     fold: int
     """The fold whose classes are kept for the test: 0 to 3."""
     name: str = ""
-    """Name of the run and its folder; fold{FOLD}-{VARIANT} if empty."""
+    """Name of the run and its folder; fold{FOLD}-{VARIANT} and what is left out, if empty."""
 
 
 class EpisodeLoss(nn.Module):
@@ -60,8 +60,7 @@ class EpisodeLoss(nn.Module):
 
     def forward(self, batch: EpisodeBatch) -> dict[str, Tensor]:
         """`loss` (Eq. 8) and its parts `final`, and `prior` where the variant has one."""
-        support = self.segmenter.encode_support(batch.support_late, batch.support_masks)
-        predicted = self.segmenter.segment(batch.query_late, batch.query_embedding, support)
+        predicted = predict(self.segmenter, batch)
         losses = {"final": mask_loss(predicted.mask_logits, batch.query_labels)}
         if predicted.prior_logits is not None:
             losses["prior"] = mask_loss(predicted.prior_logits, batch.query_labels)
@@ -72,10 +71,10 @@ def job(settings: Settings) -> dict[str, Any]:
     """Check stores, fold and adapter, then train on Ray Train; a finished run is only reported."""
     dataset = VocDataset(settings.places.data)
     training.check_batch(settings.episodic.batch, settings.workers.workers)
-    name = settings.name or f"fold{settings.fold}-{settings.model.variant}"
+    name = settings.name or f"fold{settings.fold}-{settings.model.title}"
     images = dataset.training_images(settings.fold, settings.episodic.keep_novel)
-    late, embedding, adapter = open_inputs(settings, dataset.name)
-    sampler = make_sampler(settings, stages.usable(images, late, embedding))
+    late, query, adapter = open_inputs(settings, dataset.name)
+    sampler = make_sampler(settings, stages.usable(images, late, query))
     steps = num_steps(settings, sampler)
     folder = f"{settings.places.out}/{dataset.name}"
     url = f"{folder}/{name}/final"
@@ -89,13 +88,13 @@ def job(settings: Settings) -> dict[str, Any]:
         seed=settings.workers.seed,
         train_precision=settings.computing.train_precision,
         late_weights=late.fingerprint.weights,
-        adapter_weights=embedding.fingerprint.weights,
+        adapter_weights=state_digest(adapter),
         base_images=len(sampler.images),
     )
     tags = {
         "dataset": dataset.name,
         "store.late": str(asdict(late.fingerprint)),
-        "store.embedding": str(asdict(embedding.fingerprint)),
+        f"store.{query.fingerprint.feature}": str(asdict(query.fingerprint)),
     }
     config = {
         "settings": settings,
@@ -152,30 +151,31 @@ def num_steps(settings: Settings, sampler: EpisodeSampler) -> int:
 
 
 def open_inputs(settings: Settings, dataset: str) -> tuple[FeatureStore, FeatureStore, BottleneckAdapter]:
-    """Late and embedding stores and the adapter, checked to be of one making."""
+    """The stores of `late` and of the queries' embeddings (or `early`, for a joint adapter), and the adapter."""
     places, model = settings.places, settings.model
     late = stages.open_store(places, dataset, "late", settings.encoding)
     same = {"weights": late.fingerprint.weights}
     early = stages.open_store(places, dataset, "early", settings.encoding, **same)
     adapter = training.load_adapter(places, dataset, model, early.fingerprint)
+    if model.adapter == "joint":
+        return late, early, adapter
     return late, training.open_embedding(places, dataset, model, late, state_digest(adapter)), adapter
 
 
-def build_segmenter(
-    settings: Settings, late: FeatureStore, embedding: FeatureStore, adapter: BottleneckAdapter
-) -> Segmenter:
-    """A fresh segmenter around the distilled adapter, its decoder from SAM's checkpoint if the recipe names one."""
+def build_segmenter(settings: Settings, late: FeatureStore, adapter: BottleneckAdapter) -> Segmenter:
+    """A fresh segmenter around the adapter, its decoder from SAM's checkpoint if the recipe names one."""
     model = settings.model
     segmenter = Segmenter(
         SegmenterConfig(
             early_channels=adapter.reduce.in_channels,
             late_channels=late.fingerprint.channels,
             grid=late.fingerprint.grid,
-            embedding_channels=embedding.fingerprint.channels,
+            embedding_channels=adapter.widen.out_channels,
             variant=model.variant,
             contrast=model.contrast,
             refine=model.refine,
             semantic_prompt=model.semantic_prompt,
+            joint_adapter=model.adapter == "joint",
             sam_extras=model.sam_decoder is not None,
         )
     )
@@ -202,11 +202,11 @@ def loop(config: dict[str, Any]) -> None:
     settings: Settings = config["settings"]
     dataset, steps = config["dataset"], config["steps"]
     device, rank, world = training.set_up(config)
-    late, embedding, adapter = (*open_inputs(settings, dataset.name)[:2], config["adapter"])
+    late, query, adapter = (*open_inputs(settings, dataset.name)[:2], config["adapter"])
     images = dataset.training_images(settings.fold, settings.episodic.keep_novel)
-    sampler = make_sampler(settings, stages.usable(images, late, embedding))
-    loader = EpisodeLoader(dataset, late, embedding, settings.episodic.label_px or settings.encoding.res)
-    segmenter = build_segmenter(settings, late, embedding, adapter).to(device)
+    sampler = make_sampler(settings, stages.usable(images, late, query))
+    loader = EpisodeLoader(dataset, late, query, settings.episodic.label_px or settings.encoding.res)
+    segmenter = build_segmenter(settings, late, adapter).to(device)
     model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))
     optimiser = torch.optim.AdamW(parameter_groups(segmenter, settings), weight_decay=training.paper.WEIGHT_DECAY)
     run = tracking.Run(config["tracking_uri"], config["run_id"]) if rank == 0 else None
@@ -259,9 +259,7 @@ def loop(config: dict[str, Any]) -> None:
 def draw_panel(segmenter: Segmenter, loader: EpisodeLoader, sampler: EpisodeSampler, device: torch.device):
     """A few training episodes as pictures."""
     batch = loader.load([sampler.episode(i).plain() for i in range(PANEL_ROWS)]).to(device)
-    support = segmenter.encode_support(batch.support_late, batch.support_masks)
-    predicted = segmenter.segment(batch.query_late, batch.query_embedding, support)
-    return panels.episodes(loader.dataset, loader.view_seed, batch.episodes, predicted)
+    return panels.episodes(loader.dataset, loader.view_seed, batch.episodes, predict(segmenter, batch))
 
 
 if __name__ == "__main__":

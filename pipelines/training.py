@@ -158,7 +158,7 @@ def read_adapter(url: str) -> tuple[BottleneckAdapter, dict[str, Any]]:
 
 def load_adapter(places: Places, dataset: str, model: Model, early: Fingerprint) -> BottleneckAdapter:
     """The distilled adapter of a data set, checked against the encoder it was made for; or a random one, if so set."""
-    if not model.distilled:
+    if model.adapter != "distilled":
         torch.manual_seed(0)
         return BottleneckAdapter(early.channels, model.embedding_channels).eval()
     url = f"{places.out}/{dataset}/distill/final"
@@ -182,7 +182,7 @@ def open_embedding(places: Places, dataset: str, model: Model, late: FeatureStor
 
 def embedding_name(model: Model) -> str:
     """The store's feature name: embeddings of a random adapter are kept apart."""
-    return "embedding" if model.distilled else "embedding-random"
+    return "embedding-random" if model.adapter == "random" else "embedding"
 
 
 def set_up(config: dict[str, Any]) -> tuple[torch.device, int, int]:

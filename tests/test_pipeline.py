@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from feature_store import FeatureStore, tools
@@ -96,6 +97,31 @@ def test_distillation_lowers_the_error_at_every_resolution(whole_run, places):
         curve = [m.value for m in client.get_metric_history(run.info.run_id, f"mse_{res}px")]
         assert len(curve) == stage["steps"] and np.mean(curve[-5:]) < np.mean(curve[:5])
         assert run.data.metrics[f"val_mse_{res}px"] == pytest.approx(stage["val_mse"])
+        assert run.data.metrics[f"ridge_r2_{res}px"] == pytest.approx(stage["ridge_r2"])
+
+
+def test_the_ridge_regression_of_a_stage_is_the_least_squares_fit_of_its_stores(whole_run, places):
+    early = FeatureStore(f"{places['--store']}/shapes/early@28")
+    teacher = FeatureStore(f"{places['--store']}/shapes/teacher@70")
+    ids = [s.sample_id for s in teacher.samples]
+    order = np.random.default_rng([0]).permutation(len(ids))
+    held_out, trained = order[:6], order[6:]
+
+    def pairs(chosen):
+        names, views = [ids[i] for i in chosen], [0] * len(chosen)
+        x, y = early.rows(names, views), teacher.rows(names, views).astype(np.float64)
+        y = F.interpolate(torch.from_numpy(y).movedim(-1, 1), size=x.shape[1:3], mode="area").movedim(1, -1).numpy()
+        x, y = x.reshape(-1, x.shape[-1]).astype(np.float64), y.reshape(-1, y.shape[-1])
+        return np.hstack([x, np.ones((len(x), 1))]), y
+
+    x, y = pairs(trained)
+    x_held, y_held = pairs(held_out)
+    found = []
+    for penalty in (1e-6, 1e-4, 1e-2, 1.0):
+        strength = penalty * (x[:, :-1] ** 2).sum(0).mean() * np.diag([*[1] * (x.shape[1] - 1), 0])
+        rest = x_held @ np.linalg.solve(x.T @ x + strength, x.T @ y) - y_held
+        found.append(1 - (rest**2).mean() / y_held.var(0).mean())
+    assert whole_run["distill"]["stages"][0]["ridge_r2"] == pytest.approx(max(found), abs=1e-4)
 
 
 def test_the_adapter_in_the_checkpoint_is_the_distilled_one(whole_run):
@@ -239,6 +265,22 @@ def test_distillation_goes_on_after_kill_9_and_ends_at_the_undisturbed_adapter(w
     resumed = result_of(command("distill", *flags(other), *longer))
     for a, b in zip(undisturbed["stages"], resumed["stages"], strict=True):
         assert a["val_mse"] == pytest.approx(b["val_mse"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_adapter_trained_along_needs_no_embeddings_and_is_scored_under_its_own_name(whole_run, places):
+    arguments = [*flags(places), "--fold", FOLD, "--adapter", "joint"]
+    trained = result_of(command("train_episodic", *arguments, "--no-semantic-prompt"))
+    assert trained["checkpoint"] == f"{places['--out']}/shapes/fold{FOLD}-4d-no-svp-joint/final"
+    segmenter, _ = Segmenter.load(trained["checkpoint"])
+    frozen, _ = Segmenter.load(whole_run["4d"]["checkpoint"])
+    assert trained["trained_parameters"] == whole_run["4d"]["trained_parameters"] + sum(
+        p.numel() for p in segmenter.adapter.parameters()
+    ) - sum(p.numel() for p in frozen.prompt.parameters())
+    score = result_of(command("evaluate", *arguments, "--no-semantic-prompt"))
+    assert score["variant"] == "4d-no-svp-joint"
+    done = command("bake_embeddings", *flags(places), "--adapter", "joint", check=False)
+    assert done.returncode == 2 and "nothing is to be baked" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

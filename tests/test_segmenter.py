@@ -14,6 +14,7 @@ from fsdino.errors import UserError
 from fsdino.losses import mask_loss
 from fsdino.prompts import SemanticVisualPrompt, contrast_prototype
 from fsdino.segmenter import Segmenter, SegmenterConfig, SupportEncoding
+from pipelines.loading import EpisodeBatch, predict
 from tests.conftest import ROOT
 
 SMALL = SegmenterConfig(early_channels=6, late_channels=10, grid=6, embedding_channels=32)
@@ -79,6 +80,20 @@ def test_gradients_reach_every_trainable_and_no_frozen_parameter(variant, sam_ex
         else:
             assert parameter.grad is None, name
     assert not any(p.requires_grad for p in model.adapter.parameters())
+
+
+def test_a_joint_adapter_is_trained_through_the_prediction():
+    torch.manual_seed(0)
+    model = Segmenter(dataclasses.replace(SMALL, joint_adapter=True)).train()
+    late, masks, query, _ = small_batch(SMALL)
+    early = torch.randn(3, SMALL.early_channels, SMALL.grid, SMALL.grid)
+    labels = (torch.rand(3, 24, 24) > 0.5).to(torch.uint8)
+    batch = EpisodeBatch([], late, masks, query, early, labels)
+    predicted = predict(model, batch)
+    expected = model.segment(query, model.embed(early), model.encode_support(late, masks))
+    assert torch.equal(predicted.mask_logits, expected.mask_logits)
+    mask_loss(predicted.mask_logits, labels).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.adapter.parameters())
 
 
 def test_an_empty_sparse_prompt_stands_in_when_svp_is_off():
