@@ -57,8 +57,9 @@ class CorrelationPrior(nn.Module):
     def kernel(self, late: Float[Tensor, "b c g g"], weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b k c"]:
         """`W F_s` of one support image each; the mean over shots is the kernel of the shots together."""
         late, weights = _to_grid(late, self.grid), _to_grid(weights[:, None], self.grid)[:, 0]
-        masked = F.normalize(late, dim=1) * self.position_weights(weights)[:, None]
-        return torch.einsum("kp,bcp->bkc", self.support_reduce.weight[:, :, 0, 0], masked.flatten(2))
+        scale = (self.position_weights(weights) * _inverse_norm(late)).flatten(1)
+        weight = self.support_reduce.weight[:, :, 0, 0] * scale[:, None]  # smaller than the features it scales
+        return torch.einsum("bkp,bcp->bkc", weight, late.flatten(2))
 
     def position_weights(self, weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b g g"]:
         """Weights of the support positions: a total of g^2 / 4 whatever the object's size, less the background's."""
@@ -76,11 +77,14 @@ class CorrelationPrior(nn.Module):
         similarity: Float[Tensor, "b 1 g g"],
     ) -> Float[Tensor, "b 1 m m"]:
         """Prior logits with m = 4g."""
-        cosine = torch.einsum("bkc,bcp->bkp", kernel, F.normalize(query, dim=1).flatten(2))
+        return self.decode(self.reduced(kernel, query), similarity)
+
+    def reduced(self, kernel: Float[Tensor, "b k c"], query: Float[Tensor, "b c h h"]) -> Float[Tensor, "b k g g"]:
+        """The correlation after the first convolution. Norms are divided out last: no copy of the query is made."""
+        product = torch.einsum("bkc,bcp->bkp", kernel, query.flatten(2)).unflatten(2, query.shape[-2:])
         bias = self.support_reduce.bias
         assert bias is not None
-        reduced = _to_grid(cosine.unflatten(2, query.shape[-2:]), self.grid) + bias[:, None, None]
-        return self.decode(F.relu(reduced), similarity)
+        return F.relu(_to_grid(product * _inverse_norm(query)[:, None], self.grid) + bias[:, None, None])
 
     def decode(
         self, reduced: Float[Tensor, "b k g g"], similarity: Float[Tensor, "b 1 q q"]
@@ -98,6 +102,11 @@ class CorrelationPrior(nn.Module):
         x = self.head[-1](x)
         side = paper.PRIOR_UPSCALE * similarity.shape[-1]
         return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def _inverse_norm(x: Float[Tensor, "b c h h"]) -> Float[Tensor, "b h h"]:
+    """1 / |x| over channels, bounded as in F.normalize."""
+    return 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12)
 
 
 def _to_grid(x: Float[Tensor, "b c h h"], grid: int) -> Float[Tensor, "b c g g"]:

@@ -269,18 +269,20 @@ def table(title: str, seconds: dict[str, list[float]], size: int, baseline: str)
     return "\n".join(lines)
 
 
+def processor() -> str:
+    """The name of this machine's processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
 def head(settings: Settings) -> str:
     """What was run, where and when."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
     return (
         "# Reading features\n\n"
         f"`python -m tests.benchmarks.bench_store` at commit {commit.stdout.strip()}, {time.strftime('%Y-%m-%d')}: "
         f"{settings.samples} samples of {GRID} x {GRID} x {CHANNELS} fp16 ({GRID * GRID * CHANNELS * 2 / 1e6:.1f} MB), "
-        f"{settings.rounds} rounds, seed {settings.seed}, {os.cpu_count()} cores of {processor}, "
+        f"{settings.rounds} rounds, seed {settings.seed}, {os.cpu_count()} cores of {processor()}, "
         f"Python {platform.python_version()}.\n\n"
         "Contenders of one table ran in turn in the same rounds; the ratio is the median over rounds. "
         "Warm: each sample was read just before. Cold: taken out of the page cache before each turn."
