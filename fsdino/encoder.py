@@ -283,6 +283,26 @@ def build_encoder(
     )
 
 
+def encoder_of(record: dict[str, Any], weights: str | None = None) -> Encoder:
+    """The encoder that a segmenter was trained on, from its checkpoint's record; `weights` as in `build_encoder`.
+
+    Raises UserError if the weights are others.
+    """
+    made = record["encoder"]
+    encoder = build_encoder(
+        made["encoder"],
+        weights or made["encoder_weights"],
+        early_norm=made.get("early_norm", False),
+        late_norm=made.get("late_norm", True),
+    )
+    if encoder.digest != record["late"]["weights"]:
+        raise UserError(
+            f"{encoder.name}: expected the weights {record['late']['weights']} that the checkpoint was trained on, "
+            f"got {encoder.digest}; name the right file with --encoder-weights"
+        )
+    return encoder
+
+
 def _dinov2_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """DINOv2's published names and layout to timm's.
 

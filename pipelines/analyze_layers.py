@@ -23,7 +23,7 @@ from fsdino.errors import UserError
 from fsdino.preprocess import resize_square, to_input
 from fsdino.similarity import agreement, self_similarity
 from fsdino.teacher import build_teacher
-from pipelines import panels, tracking
+from pipelines import panels, stages, tracking
 from pipelines.cli import main
 from pipelines.recipes import Computing, Encoding, Places, RecipeName, Teaching
 
@@ -55,7 +55,7 @@ def job(settings: Settings) -> dict[str, Any]:
     if not 0 < settings.images <= len(ids):
         raise UserError(f"--images {settings.images}: expected 1 to {len(ids)}, the training images there are")
     chosen = [ids[i] for i in np.random.default_rng(settings.seed).permutation(len(ids))[: settings.images]]
-    device = torch.device("cuda" if settings.computing.gpu and torch.cuda.is_available() else "cpu")
+    device = stages.device_of(settings.computing)
     encoder: Any = build_encoder(encoding.encoder, encoding.encoder_weights)
     teacher: Any = build_teacher(settings.teaching.teacher, settings.teaching.teacher_weights)
     encoder.to(device), teacher.to(device)

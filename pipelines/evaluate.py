@@ -66,9 +66,7 @@ def job(settings: Settings) -> dict[str, Any]:
     model, title = None, settings.method
     images = dataset.test_images(settings.fold)
     late = stages.open_store(places, dataset.name, "late", settings.encoding)
-    if settings.computing.gpu and not torch.cuda.is_available():
-        raise UserError("--gpu: expected a CUDA device on this machine, found none; take --no-gpu")
-    device = torch.device("cuda" if settings.computing.gpu else "cpu")
+    device = stages.device_of(settings.computing)
     query = None
     if settings.method == "segmenter":
         segmenter, title, query = open_segmenter(settings, dataset.name, late)

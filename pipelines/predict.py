@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from fsdino.checkpoint import files as checkpoint_files
-from fsdino.encoder import Encoder, Features, build_encoder
+from fsdino.encoder import Encoder, Features, encoder_of
 from fsdino.errors import UserError
 from fsdino.preprocess import read_image, read_mask, resize_square, to_input
 from fsdino.prompts import mask_to_grid
@@ -66,26 +66,15 @@ def job(settings: Settings) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         segmenter, record = Segmenter.load(training.fetch(settings.checkpoint, folder, checkpoint_files("segmenter")))
-    encoding = record["encoder"]
-    encoder = build_encoder(
-        encoding["encoder"],
-        settings.encoder_weights or encoding["encoder_weights"],
-        early_norm=encoding.get("early_norm", False),
-        late_norm=encoding.get("late_norm", True),
-    )
-    if encoder.digest != record["late"]["weights"]:
-        raise UserError(
-            f"{settings.checkpoint}: expected encoder weights {record['late']['weights']}, got {encoder.digest} "
-            f"of {encoder.name}; name the right file with --encoder-weights"
-        )
+    encoder, res_px = encoder_of(record, settings.encoder_weights), record["encoder"]["res"]
     with torch.inference_mode():
-        late = torch.cat([encode(encoder, image, encoding["res"]).late for image in supports])
+        late = torch.cat([encode(encoder, image, res_px).late for image in supports])
         on_grid = [mask_to_grid(torch.from_numpy(mask).float()[None], late.shape[-1]) for mask in masks]
         class_encoding = segmenter.encode_support(late[None], torch.cat(on_grid)[None])
         Path(settings.out).mkdir(parents=True, exist_ok=True)
         results, rows = [], []
         for path, image, target in zip(settings.query, queries, targets, strict=True):
-            features = encode(encoder, image, encoding["res"])
+            features = encode(encoder, image, res_px)
             predicted = segmenter.segment(features.late, segmenter.embed(features.early), class_encoding)
             logits = torch.nn.functional.interpolate(
                 predicted.mask_logits, size=image.size[::-1], mode="bilinear", align_corners=False

@@ -48,7 +48,7 @@ from fsdino.errors import UserError
 from fsdino.preprocess import read_image, resize_square, to_input
 from pipelines import tracking
 from pipelines.cli import ClusterFault
-from pipelines.recipes import Encoding, Extraction, Places
+from pipelines.recipes import Computing, Encoding, Extraction, Places
 
 Network = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 """A normalised batch (or stored features) and the features that are wanted in, each as `b c g g` out."""
@@ -100,7 +100,20 @@ def store_url(root: str, dataset: str, feature: str, res_px: int) -> str:
 def open_store(places: Places, dataset: str, feature: str, encoding: Encoding, **more: Any) -> FeatureStore:
     """The store of a feature of the encoder at the resolution of `encoding`, checked for being that."""
     expect = {"feature": feature, "model": encoding.encoder, "res_px": encoding.res, "view_seed": encoding.view_seed}
-    return open_at(places, store_url(places.store, dataset, feature, encoding.res), expect | more)
+    store = open_at(places, store_url(places.store, dataset, feature, encoding.res), expect | more)
+    norm = encoding.early_norm if feature == "early" else encoding.late_norm
+    for part in store.fingerprint.layers.split():
+        if part.startswith(f"{feature}=block") and part.endswith("+norm") != norm:
+            flag = f"--{feature}-norm" if norm else f"--no-{feature}-norm"
+            raise UserError(f"{store.url}: {flag} does not go with its features ({part}); leave it out or extract anew")
+    return store
+
+
+def device_of(computing: Computing) -> torch.device:
+    """The device of a job that runs in its own process. Raises UserError if a GPU is asked for and not there."""
+    if computing.gpu and not torch.cuda.is_available():
+        raise UserError("--gpu: expected a CUDA device on this machine, found none; take --no-gpu")
+    return torch.device("cuda" if computing.gpu else "cpu")
 
 
 def open_at(places: Places, url: str, expect: dict[str, Any]) -> FeatureStore:

@@ -4,7 +4,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from fsdino.encoder import DINOV2_TIMM, DinoV2Encoder, _dinov2_to_timm, build_encoder, position_embedding
+from fsdino.encoder import DINOV2_TIMM, DinoV2Encoder, _dinov2_to_timm, build_encoder, encoder_of, position_embedding
 from fsdino.errors import UserError
 from tests import reference_dinov2
 
@@ -140,3 +140,12 @@ def test_carried_imagenet_weights_classify_nothing_at_random():
     flat, noisy = torch.zeros(1, 3, 64, 64), torch.randn(1, 3, 64, 64)
     raw = [stage.abs().mean().item() for stage in encoder.net(torch.cat([flat, noisy]))]
     assert all(0.05 < level < 20 for level in raw), raw
+
+
+def test_a_checkpoint_names_its_encoder_and_refuses_other_weights():
+    digest = build_encoder("tiny_vit").digest
+    record = {"encoder": {"encoder": "tiny_vit", "encoder_weights": None, "late_norm": False}, "late": {}}
+    encoder = encoder_of(record | {"late": {"weights": digest}})
+    assert encoder.layers == "early=block2 late=block3"
+    with pytest.raises(UserError, match=f"tiny_vit: expected the weights abc that .* got {digest}; name the right"):
+        encoder_of(record | {"late": {"weights": "abc"}})

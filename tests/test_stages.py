@@ -1,6 +1,7 @@
 """What an extraction plans and does, without a cluster."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fsdino.data.views import draw_view
 from fsdino.errors import UserError
 from fsdino.preprocess import resize_square
 from pipelines import stages
-from pipelines.recipes import Extraction
+from pipelines.recipes import RECIPES, Extraction, Places
 
 
 def target(feature, res_px, rows):
@@ -94,3 +95,15 @@ def test_a_mended_image_is_read_again_and_a_bad_one_is_not(tmp_path):
     Image.new("RGB", (5, 5)).save(rows[33].source)
     assert stages.known_bad(writer, rows, stages.Decode(0, "skip")) == {"3": "not there"}
     assert writer.missing() == [1]
+
+
+def test_features_under_another_norm_than_asked_for_are_refused(tmp_path):
+    encoding = replace(RECIPES["tiny"]().encoding, res=28)
+    fingerprint = Fingerprint("late", "tiny_vit", "w", "early=block2 late=block3+norm", 28, 2, 4, 0, "p")
+    places = Places(data="", store=str(tmp_path))
+    writer = create(stages.store_url(places.store, "set", "late", 28), fingerprint, rows_of(1, 1))
+    writer.write(0, np.zeros((1, 2, 2, 4), np.float16), [(28, 28)])
+    writer.seal()
+    assert len(stages.open_store(places, "set", "late", encoding)) == 1
+    with pytest.raises(UserError, match=r"--no-late-norm does not go with its features \(late=block3\+norm\)"):
+        stages.open_store(places, "set", "late", replace(encoding, late_norm=False))
