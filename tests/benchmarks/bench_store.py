@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_store --folder /scratch/bench --out docs/benchmarks/store.md
 
-Every contender reads the same samples in the same round, in a changing order; a figure is the median over rounds of
+Every contender reads the same samples in the same round, in random order; a figure is the median over rounds of
 the contender's speed over the baseline's in that round. Needs the extras `dev` and `bench`, and 6 GB.
 """
 
@@ -138,9 +138,9 @@ def compare(settings: Settings, readers: Reads, batch: int, repeats: int) -> tup
     rng = np.random.default_rng(settings.seed)
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     names = list(readers)
-    for number in range(settings.rounds):
+    for _ in range(settings.rounds):
         wanted = [sorted(rng.choice(settings.samples, batch, replace=False).tolist()) for _ in range(repeats)]
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in rng.permutation(names).tolist():
             for rows in wanted:
                 readers[name](rows)
             started = time.perf_counter()
