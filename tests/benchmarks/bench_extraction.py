@@ -8,11 +8,8 @@ told apart.
 """
 
 import multiprocessing
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ from fsdino.encoder import build_encoder
 from fsdino.preprocess import read_image, resize_square, to_input
 from pipelines import extract_features, stages
 from pipelines.recipes import RECIPES
+from tests.benchmarks.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -147,13 +145,11 @@ def main(settings: Settings) -> None:
         rates["extraction"].append(rate)
         starts.append(start)
         rates["extraction that writes nothing"].append(run_job(rows, settings, WriteNothing)[0])
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     lines = [
         "# Extraction",
         "",
-        f"`python -m tests.benchmarks.bench_extraction` at commit {commit.stdout.strip()}, {time.strftime('%F')}:",
-        f"recipe `{settings.recipe}`, {settings.images} images, {settings.rounds} rounds, {actors} actors of {threads}",
-        f"thread, {os.cpu_count()} cores, Python {platform.python_version()}.",
+        f"{provenance('python -m tests.benchmarks.bench_extraction')}: recipe `{settings.recipe}`,",
+        f"{settings.images} images, {settings.rounds} rounds, {actors} actors of {threads} thread.",
         "",
         "| | images/s, each round | time over the bare loop's, median of rounds |",
         "|---|---|---|",

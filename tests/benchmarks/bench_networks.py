@@ -8,7 +8,6 @@ is what a process of its own needed above weights and inputs. Needs the extra `d
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from fsdino.segmenter import Segmenter, SegmenterConfig
 from fsdino.teacher import SamTeacher
 from pipelines.loading import EpisodeBatch
 from pipelines.train_episodic import EpisodeLoss
-from tests.benchmarks.bench_store import processor
+from tests.benchmarks.provenance import provenance
 
 GRID, WIDTH, RES_PX = 37, 768, paper.IMAGE_RES_PX
 
@@ -299,14 +298,14 @@ def main(settings: Settings) -> None:
 
 def head(settings: Settings) -> list[str]:
     """What was run, where and when."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    where = torch.cuda.get_device_name() if settings.device == "cuda" else f"{os.cpu_count()} cores of {processor()}"
+    machine = torch.cuda.get_device_name() if settings.device == "cuda" else None
+    command = f"python -m tests.benchmarks.bench_networks --device {settings.device}"
     return [
         "# The networks at full size",
         "",
-        f"`python -m tests.benchmarks.bench_networks --device {settings.device}` at commit {commit.stdout.strip()}, "
-        f"{time.strftime('%F')}: {where}, torch {torch.__version__}, Python {platform.python_version()}, seed 0, "
-        f"random weights, batch 1 unless said. Medians of {settings.rounds} runs (the teacher's: 3).",
+        f"{provenance(command, machine)}, torch {torch.__version__}: random weights, seed 0, batch 1 unless said. "
+        f"Medians of {settings.rounds} runs (the teacher's: 3). Memory is what a process of its own needed above "
+        "weights and inputs.",
     ]
 
 

@@ -7,7 +7,6 @@ the contender's speed over the baseline's in that round. Needs the extras `dev` 
 """
 
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from obstore.store import HTTPStore, S3Store
 
 from feature_store import CacheSettings, FeatureStore, Fingerprint, Row, create
 from feature_store.layout import CRC_BYTES, num_shards, shard_key, shard_rows
+from tests.benchmarks.provenance import provenance
 from tests.servers import aws, environment, range_server
 
 GRID, CHANNELS = 37, 768
@@ -269,22 +269,14 @@ def table(title: str, seconds: dict[str, list[float]], size: int, baseline: str)
     return "\n".join(lines)
 
 
-def processor() -> str:
-    """The name of this machine's processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-
-
 def head(settings: Settings) -> str:
     """What was run, where and when."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     return (
         "# Reading features\n\n"
-        f"`python -m tests.benchmarks.bench_store` at commit {commit.stdout.strip()}, {time.strftime('%Y-%m-%d')}: "
-        f"{settings.samples} samples of {GRID} x {GRID} x {CHANNELS} fp16 ({GRID * GRID * CHANNELS * 2 / 1e6:.1f} MB), "
-        f"{settings.rounds} rounds, seed {settings.seed}, {os.cpu_count()} cores of {processor()}, "
-        f"Python {platform.python_version()}.\n\n"
-        "Contenders of one table ran in turn in the same rounds; the ratio is the median over rounds. "
+        f"{provenance('python -m tests.benchmarks.bench_store')}: {settings.samples} samples of "
+        f"{GRID} x {GRID} x {CHANNELS} fp16 ({GRID * GRID * CHANNELS * 2 / 1e6:.1f} MB), {settings.rounds} rounds, "
+        f"seed {settings.seed}.\n\n"
+        "Contenders of one table ran in the same rounds, in random order; the ratio is the median over rounds. "
         "Warm: each sample was read just before. Cold: taken out of the page cache before each turn."
     )
 
