@@ -63,12 +63,14 @@ def marker_bytes(shard: int, marker: Marker) -> bytes:
     return _json(record | {"crc32c": layout.crc32c(_json(record))})
 
 
-def read_marker(data: Bytes) -> Marker | None:
-    """A marker, None if it is damaged."""
+def read_marker(data: Bytes, shard: int) -> Marker | None:
+    """The marker of a shard, None if it is damaged or another shard's."""
     try:
         record = json.loads(bytes(data))
         crc = record.pop("crc32c")
         if _json(record | {"crc32c": crc}) != bytes(data) or layout.crc32c(_json(record)) != crc:
+            return None
+        if record["shard"] != shard:
             return None
         quarantine = {int(slot): reason for slot, reason in record["quarantine"].items()}
         return Marker(record["width"], record["height"], record["checksum"], quarantine)

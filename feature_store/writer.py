@@ -90,7 +90,7 @@ class ShardWriter:
         """Markers of shards; None for a damaged one. Raises FileNotFoundError for one that is not there."""
 
         def marker(shard: int) -> manifest.Marker | None:
-            found = manifest.read_marker(self.folder.read(layout.marker_key(shard, self.making)))
+            found = manifest.read_marker(self.folder.read(layout.marker_key(shard, self.making)), shard)
             rows = len(layout.shard_rows(shard, len(self.rows)))
             return found if found and len(found.width) == rows else None
 

@@ -444,6 +444,17 @@ def test_markers_of_another_making_do_not_count(tmp_path):
     assert create(str(tmp_path), FINGERPRINT, ROWS).missing() == []
 
 
+def test_a_marker_in_the_place_of_another_shards_counts_as_damaged(tmp_path):
+    data = np.concatenate([features()[:32], features()[:32]])
+    rows = [Row(f"image {i}", 0, "-") for i in range(64)]
+    writer = create(str(tmp_path), FINGERPRINT, rows)
+    for shard in range(2):
+        writer.write(shard, data[32 * shard : 32 * shard + 32], [(1, 1)] * 32)
+    first, second = sorted((tmp_path / "markers").iterdir())
+    second.write_bytes(first.read_bytes())
+    assert writer.markers([0, 1])[0] is not None and writer.markers([0, 1])[1] is None
+
+
 def test_a_store_of_the_first_format_is_refused(tmp_path):
     create(str(tmp_path), FINGERPRINT, ROWS)
     record = json.loads((tmp_path / "zarr.json").read_text())
