@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fsdino import checkpoint, paper
+from fsdino.errors import UserError
 
 
 class BottleneckAdapter(nn.Module):
@@ -49,6 +50,9 @@ class BottleneckAdapter(nn.Module):
     def load(cls, folder: str | Path) -> tuple["BottleneckAdapter", dict]:
         """The saved adapter in eval mode, and its JSON record. Raises UserError if the folder is no checkpoint."""
         state, record = checkpoint.read(folder, "adapter")
-        adapter = cls(**record["config"])
-        adapter.load_state_dict(state)
+        try:
+            adapter = cls(**record["config"])
+            adapter.load_state_dict(state)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{folder}: expected an adapter's checkpoint, got another's ({error})") from None
         return adapter.eval(), record

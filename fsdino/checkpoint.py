@@ -36,16 +36,15 @@ def read(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, An
     tensors, description = (Path(folder) / file for file in files(name))
     try:
         record = json.loads(description.read_text())
-        state = load_file(tensors)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{folder}: expected a checkpoint with {name}.json, found none ({error.filename}); train it first"
-        ) from None
+        version = record.get("format_version") if isinstance(record, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{description}: expected format version {FORMAT_VERSION}, got {version}; "
+                "load it with the release that wrote it"
+            )
+        return load_file(tensors), record
+    except (FileNotFoundError, NotADirectoryError):
+        missing = tensors if description.exists() else description
+        raise UserError(f"{folder}: expected a checkpoint with {missing.name}, found none; train it first") from None
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: expected a whole checkpoint, got a damaged one ({error}); write it again") from None
-    if record.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{description}: expected format version {FORMAT_VERSION}, got {record.get('format_version')}; "
-            "load it with the release that wrote it"
-        )
-    return state, record

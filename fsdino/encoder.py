@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fsdino import paper
 from fsdino.errors import UserError
-from fsdino.weights import efficientnet_lite_state, load_state, state_digest
+from fsdino.weights import efficientnet_lite_state, load_state, own_weights_only, state_digest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -125,7 +125,7 @@ class DinoV2Encoder(_VitEncoder):
         vit = self.vit
         patches = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
         first = [vit.cls_token.expand(len(x), -1, -1)]
-        positions = self._position(x.shape[-1] // self.patch_px).to(patches.dtype)
+        positions = self._position(x.shape[-1] // self.patch_px)  # at full precision under autocast, as the official
         if vit.reg_token is not None:  # timm adds the class token's position to the token itself
             first.append(vit.reg_token.expand(len(x), -1, -1))
             return torch.cat([*first, patches + positions], dim=1)
@@ -273,21 +273,25 @@ def build_encoder(
         load_state(vit, name, weights or f"hf:timm/{DINOV3_TIMM[name]}.lvd1689m")
         return TimmVitEncoder(vit, name, early_norm, late_norm)
     if name == "tiny_vit":
+        own_weights_only(name, weights)
         return DinoV2Encoder(_tiny_vit(seed), name, early_norm, late_norm)
     if name in LITE:
         if early_norm or not late_norm:
             raise UserError(f"--early-norm, --no-late-norm: {name} has no final norm to apply or to leave out")
+        own_weights_only(name, weights)
         return EfficientNetLiteEncoder(name)
     raise UserError(
         f"--encoder {name}: no such encoder; known are {', '.join([*DINOV2_TIMM, *DINOV3_TIMM, *LITE, 'tiny_vit'])}"
     )
 
 
-def encoder_of(record: dict[str, Any], weights: str | None = None) -> Encoder:
+def encoder_of_checkpoint(record: dict[str, Any], weights: str | None = None) -> Encoder:
     """The encoder that a segmenter was trained on, from its checkpoint's record; `weights` as in `build_encoder`.
 
     Raises UserError if the weights are others.
     """
+    if "encoder" not in record or "late" not in record:
+        raise UserError("the checkpoint does not say which encoder it was trained on; take one of train_episodic")
     made = record["encoder"]
     encoder = build_encoder(
         made["encoder"],
@@ -310,7 +314,7 @@ def _dinov2_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     token's position in the token itself. A state that is timm's already stays as it is.
     """
     state = {key: value for key, value in state.items() if key != "mask_token"}
-    if "register_tokens" in state:
+    if {"register_tokens", "cls_token", "pos_embed"} <= state.keys():
         state["reg_token"] = state.pop("register_tokens")
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]

@@ -3,9 +3,10 @@
 `encode_support` turns K annotated images into a small bundle; `segment` finds that class in any query.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from fsdino import checkpoint, paper
 from fsdino.adapter import BottleneckAdapter
 from fsdino.correlation import CorrelationPrior
 from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
+from fsdino.errors import UserError
 from fsdino.prompts import (
     SemanticVisualPrompt,
     contrast_prototype,
@@ -85,6 +87,7 @@ class Segmenter(nn.Module):
     def __init__(self, config: SegmenterConfig):
         super().__init__()
         self.config = config
+        self.origin: dict[str, Any] = {}  # what a checkpoint's record says beyond the config: encoder, fold, scores
         width = config.embedding_channels
         self.adapter = BottleneckAdapter(config.early_channels, width).requires_grad_(config.joint_adapter)
         self.prompt = SemanticVisualPrompt(config.late_channels, width) if config.semantic_prompt else None
@@ -142,8 +145,8 @@ class Segmenter(nn.Module):
         return Prediction(prior_logits=None if self.correlation is None else dense_logits, mask_logits=mask)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """As `save`, by the name that the ecosystem knows it by."""
-        self.save(folder)
+        """As `save`, by the name that the ecosystem knows it by; with what it was loaded with."""
+        self.save(folder, **self.origin)
 
     @classmethod
     def from_pretrained(cls, place: str | Path) -> "Segmenter":
@@ -151,11 +154,15 @@ class Segmenter(nn.Module):
 
         Raises UserError if there is none, or if it is of an unknown version.
         """
-        folder = Path(place)
-        if not folder.is_dir():
-            folder = from_hub(f"hf:{place}/{checkpoint.files('segmenter')[1]}").parent
-            from_hub(f"hf:{place}/{checkpoint.files('segmenter')[0]}")
-        return cls.load(folder)[0]
+        if Path(place).is_dir():
+            return cls.load(place)[0]
+        if not re.fullmatch(r"(hf:)?[\w.-]+/[\w.-]+", str(place)):
+            raise UserError(
+                f"{place}: expected a checkpoint's folder, or ORGANISATION/NAME on the hub; found no folder"
+            )
+        repository = "hf:" + str(place).removeprefix("hf:")
+        paths = [from_hub(f"{repository}/{file}") for file in checkpoint.files("segmenter")]
+        return cls.load(paths[0].parent)[0]
 
     def save(self, folder: str | Path, **origin) -> None:
         """Write `segmenter.safetensors` and `segmenter.json`: config, and `origin` (JSON on where it comes from)."""
@@ -165,6 +172,10 @@ class Segmenter(nn.Module):
     def load(cls, folder: str | Path) -> tuple["Segmenter", dict]:
         """The saved segmenter in eval mode, and its JSON record. Raises UserError if the folder is no checkpoint."""
         state, record = checkpoint.read(folder, "segmenter")
-        model = cls(SegmenterConfig(**record["config"]))
-        model.load_state_dict(state)
+        try:
+            model = cls(SegmenterConfig(**record["config"]))
+            model.load_state_dict(state)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{folder}: expected a segmenter's checkpoint, got another's ({error})") from None
+        model.origin = {key: value for key, value in record.items() if key not in ("config", "format_version")}
         return model.eval(), record

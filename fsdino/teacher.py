@@ -11,9 +11,9 @@ from segment_anything.build_sam import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
-from fsdino.encoder import IMAGENET_MEAN, IMAGENET_STD
+from fsdino.encoder import IMAGENET_MEAN, IMAGENET_STD, LITE
 from fsdino.errors import UserError
-from fsdino.weights import efficientnet_lite_state, load_state, state_digest
+from fsdino.weights import efficientnet_lite_state, load_state, own_weights_only, state_digest
 
 
 @runtime_checkable
@@ -112,12 +112,12 @@ def build_teacher(name: str, weights: str | None = None, seed: int = 0) -> Teach
         load_state(sam, name, weights)
         return SamTeacher(sam.image_encoder, name)
     if name == "tiny_sam":
+        own_weights_only(name, weights)
         return SamTeacher(_tiny_sam(seed), name)
-    if name in ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"):
+    if name in LITE:
+        own_weights_only(name, weights)
         return EfficientNetLiteTeacher(name)
-    known = ", ".join(
-        [*SAM_REGISTRY, "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "tiny_sam"]
-    )
+    known = ", ".join([*SAM_REGISTRY, *LITE, "tiny_sam"])
     raise UserError(f"--teacher {name}: no such teacher; known are {known}")
 
 

@@ -2,7 +2,7 @@
 
 import fcntl
 import hashlib
-import http
+import http.client
 import importlib.util
 import os
 import time
@@ -57,7 +57,12 @@ WAIT_SECONDS = 1.0  # before the second try, doubled each time
 
 def cache_folder() -> Path:
     """Where downloads are kept: `FSDINO_CACHE`, or `~/.cache/fsdino`."""
-    return Path(os.environ.get("FSDINO_CACHE", Path.home() / ".cache" / "fsdino"))
+    return Path(os.environ.get("FSDINO_CACHE") or "~/.cache/fsdino").expanduser()
+
+
+def offline() -> bool:
+    """Whether `FSDINO_OFFLINE` forbids any download."""
+    return os.environ.get("FSDINO_OFFLINE", "0") not in ("", "0")
 
 
 def fetch(name: str, published: Published | None = None) -> Path:
@@ -71,25 +76,32 @@ def fetch(name: str, published: Published | None = None) -> Path:
     target = cache_folder() / published.url.rsplit("/", 1)[1]
     if target.exists():
         return target
-    if os.environ.get("FSDINO_OFFLINE", "0") not in ("", "0"):
+    if offline():
         raise UserError(
             f"{target}: expected the weights of {name}, found none, and FSDINO_OFFLINE forbids to fetch them"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_name(f"{target.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that want the same file, one works and the others wait
+            if not target.exists():
+                _fetch(published, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error}); let FSDINO_CACHE name a folder that can") from None
+    return target
+
+
+def _fetch(published: Published, target: Path) -> None:
+    """Download, check, rename."""
     partial = target.with_name(f"{target.name}.partial")
     with open(partial, "ab") as out:
-        fcntl.flock(out, fcntl.LOCK_EX)  # of two processes that want the same file, one waits
-        if target.exists():
-            partial.unlink(missing_ok=True)
-            return target
         try:
             _download(published, out, target)
         finally:
             if out.tell() == 0:
                 partial.unlink()
-        _check(published, partial)
-        partial.rename(target)
-    return target
+    _check(published, partial)
+    partial.rename(target)
 
 
 def _download(published: Published, out: BinaryIO, target: Path) -> None:
@@ -97,7 +109,7 @@ def _download(published: Published, out: BinaryIO, target: Path) -> None:
     for attempt in range(TRIES):
         before = out.tell()
         try:
-            if _rest(published.url, out, target.name):
+            if _rest(published, out, target.name):
                 return
             reason = f"the connection broke off after {out.tell()} bytes"
         except urllib.error.HTTPError as error:
@@ -106,8 +118,8 @@ def _download(published: Published, out: BinaryIO, target: Path) -> None:
             reason = str(error)
             if error.code < 500:
                 break
-        except OSError as error:
-            reason = str(error)
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
         if out.tell() == before:  # else the next try goes on at once
             time.sleep(WAIT_SECONDS * 2**attempt)
     raise UserError(
@@ -116,16 +128,16 @@ def _download(published: Published, out: BinaryIO, target: Path) -> None:
     ) from None
 
 
-def _rest(url: str, out: BinaryIO, name: str) -> bool:
-    """One request for what is missing; whether the file is whole then."""
+def _rest(published: Published, out: BinaryIO, name: str) -> bool:
+    """One request for what is missing; whether the file is whole then, by the answer's length or the one we know."""
     have = out.tell()
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    request = urllib.request.Request(published.url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as response:
         if have and response.status != http.HTTPStatus.PARTIAL_CONTENT:  # a server without ranges: from the beginning
             out.truncate(0)
             have = 0
         length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        total = have + int(length) if length else published.size
         with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name) as bar:
             while block := response.read(1 << 20):
                 out.write(block)
@@ -153,13 +165,14 @@ def _check(published: Published, partial: Path) -> None:
 def from_hub(reference: str) -> Path:
     """A file of the Hugging Face hub, in its own cache: `hf:ORGANISATION/NAME` (model.safetensors) or with `/FILE`.
 
-    Raises UserError if it cannot be had; `HF_HUB_OFFLINE=1` forbids any download.
+    Raises UserError if it cannot be had; `FSDINO_OFFLINE=1` or `HF_HUB_OFFLINE=1` forbids any download.
     """
     parts = reference.removeprefix("hf:").split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise UserError(f"{reference}: expected hf:ORGANISATION/NAME or hf:ORGANISATION/NAME/FILE")
     try:
-        return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), "".join(parts[2:]) or "model.safetensors"))
+        file = "".join(parts[2:]) or "model.safetensors"
+        return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), file, local_files_only=offline()))
     except (OSError, ValueError) as error:  # all of the hub's errors are one or the other
         first = str(error).strip().splitlines()[0]
         raise UserError(
@@ -188,7 +201,11 @@ def load_state(
         raise UserError(f"{path}: expected the weights of {name}, found no file; check the path") from None
     except Exception as error:  # torch raises pickle, zip and runtime errors alike for a bad file
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: expected a PyTorch state dict, got: {first}; download it again") from None
+        raise UserError(
+            f"{_aside(path, local)}: expected a PyTorch state dict, got: {first}; download it again"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{_aside(path, local)}: expected a dict of tensors, got something else; download it again")
     state = convert(state)
     wanted = network.state_dict()
     wrong = [f"missing {key}" for key in wanted if key not in state]
@@ -200,8 +217,19 @@ def load_state(
     ]
     if wrong:
         shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise UserError(f"{path}: expected the weights of {name}, got another network's: {shown}")
+        raise UserError(f"{_aside(path, local)}: expected the weights of {name}, got another network's: {shown}")
     network.load_state_dict(state)
+
+
+def _aside(path: Path, local: str | Path | None) -> Path:
+    """The path of a useless file; one of our own cache is renamed, so that the next run downloads it anew."""
+    return path if local else path.rename(path.with_name(f"{path.name}.useless"))
+
+
+def own_weights_only(name: str, weights: str | Path | None) -> None:
+    """Raise UserError if weights are given for a network that brings its own."""
+    if weights is not None:
+        raise UserError(f"{weights}: {name} brings its own weights and takes no others; leave the file out")
 
 
 def efficientnet_lite_state(model_name: str, network: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ over images. Prints a table; table, plot and maps at a few points are also in ML
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from pipelines import panels, stages, tracking
 from pipelines.cli import main
 from pipelines.recipes import Computing, Encoding, Places, RecipeName, Teaching
 
-POINTS = ((0.3, 0.3), (0.5, 0.5), (0.7, 0.6))
 SHOWN = 3
 
 
@@ -55,9 +55,14 @@ def job(settings: Settings) -> dict[str, Any]:
     if not 0 < settings.images <= len(ids):
         raise UserError(f"--images {settings.images}: expected 1 to {len(ids)}, the training images there are")
     chosen = [ids[i] for i in np.random.default_rng(settings.seed).permutation(len(ids))[: settings.images]]
+    if encoding.early_norm or not encoding.late_norm:
+        raise UserError("--early-norm, --no-late-norm: layers are compared without any norm; leave it out")
+    if settings.plot:
+        check_plot(Path(settings.plot))
     device = stages.device_of(settings.computing)
     encoder: Any = build_encoder(encoding.encoder, encoding.encoder_weights)
     teacher: Any = build_teacher(settings.teaching.teacher, settings.teaching.teacher_weights)
+    encoder.grid(encoding.res)
     encoder.to(device), teacher.to(device)
 
     scores: dict[str, list[float]] = {}
@@ -70,11 +75,12 @@ def job(settings: Settings) -> dict[str, Any]:
             target = teacher(to_input(seen[1], teacher.mean, teacher.std).to(device))
             for name, features in layers.items():
                 scores.setdefault(name, []).append(float(agreement(features, target)[0]))
-            if len(shown) < SHOWN * len(POINTS):
+            if len(shown) < SHOWN * len(panels.POINTS):
                 shown += maps_at_points(image, target, layers)
     means = {name: float(np.mean(values)) for name, values in scores.items()}
     best = max(means, key=lambda name: means[name])
     table = "\n".join(["| layer | r |", "|---|---|", *(f"| {name} | {r:.3f} |" for name, r in means.items())])
+    print(table)
     picture = panels.curve(list(means), list(means.values()), f"agreement with {teacher.name}", encoder.name)
     maps = panels.panel(("image", "teacher", *means), shown)
     params = {"encoder": encoder.name, "teacher": teacher.name, "res": encoding.res, "images": settings.images}
@@ -85,9 +91,19 @@ def job(settings: Settings) -> dict[str, Any]:
         run_.picture(maps, "panels/maps.png")
     if settings.plot:
         picture.save(settings.plot)
-        maps.save(settings.plot.removesuffix(".png") + "-maps.png")
-    print(table)
+        maps.save(maps_path(Path(settings.plot)))
     return {"encoder": encoder.name, "teacher": teacher.name, "images": len(chosen), "agreement": means, "best": best}
+
+
+def maps_path(plot: Path) -> Path:
+    """Where the maps go that belong to a plot."""
+    return plot.with_name(f"{plot.stem}-maps.png")
+
+
+def check_plot(plot: Path) -> None:
+    """Raise UserError if no picture can be written there."""
+    if plot.suffix != ".png" or not plot.absolute().parent.is_dir():
+        raise UserError(f"--plot {plot}: expected a .png file in a folder that exists")
 
 
 def maps_at_points(image: Image.Image, teacher: Tensor, layers: dict[str, Tensor]) -> list[list[Image.Image | None]]:
@@ -95,7 +111,7 @@ def maps_at_points(image: Image.Image, teacher: Tensor, layers: dict[str, Tensor
     grid = min(teacher.shape[-1], next(iter(layers.values())).shape[-1])
     maps = [self_similarity(F.adaptive_avg_pool2d(x.float(), grid))[0] for x in (teacher, *layers.values())]
     rows: list[list[Image.Image | None]] = []
-    for x, y in POINTS:
+    for x, y in panels.POINTS:
         at = int(y * grid) * grid + int(x * grid)
         row: list[Image.Image | None] = [panels.marked(image, x, y)]
         row += [panels.heat(_stretched(similarity[at]).reshape(grid, grid).cpu().numpy()) for similarity in maps]

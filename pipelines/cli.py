@@ -14,6 +14,13 @@ from feature_store.errors import StoreError, StoreFault
 from fsdino.errors import UserError
 from pipelines.recipes import RECIPES
 
+PATHS = {
+    "places": ("data", "store", "out", "cache"),
+    "encoding": ("encoder_weights",),
+    "teaching": ("teacher_weights",),
+    "model": ("decoder_weights",),
+}
+"""Settings that are paths, by their section."""
 S = TypeVar("S")
 
 
@@ -86,12 +93,14 @@ def parse(settings_type: type[S], argv: list[str]) -> S:
     }
     default = settings_type(**given, **missing)
     settings = tyro.cli(settings_type, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
-    places = getattr(settings, "places", None)
-    if places is None:
-        return settings
     # Ray's workers have working folders of their own, so a relative path would name another place there.
-    same = {name: files.absolute(getattr(places, name)) for name in ("data", "store", "out")}
-    return replace(settings, places=replace(places, **same))  # type: ignore[type-var]
+    for section, names in PATHS.items():
+        values = getattr(settings, section, None)
+        if values is not None:
+            given = {name: getattr(values, name) for name in names}
+            same = {n: files.absolute(v) for n, v in given.items() if v is not None and not v.startswith("hf:")}
+            settings = replace(settings, **{section: replace(values, **same)})  # type: ignore[type-var]
+    return settings
 
 
 def users_mistake(error: BaseException | None) -> BaseException | None:

@@ -12,6 +12,7 @@ that other work shared.
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from pipelines import panels, stages, tracking, training
 from pipelines.cli import main
 from pipelines.recipes import Computing, Distillation, Encoding, Places, RecipeName, Workers
 
-PANEL_ROWS = 4
+PANEL_IMAGES = 4
 RIDGE_IMAGES = 4096  # a few million positions for fewer than two thousand weights of each channel
 
 
@@ -50,6 +51,8 @@ class Settings:
 def job(settings: Settings) -> dict[str, Any]:
     """Check the stores, then train on Ray Train; a finished run is only reported."""
     dataset = VocDataset(settings.places.data)
+    if settings.distillation.distill_epochs < 1 or not settings.distillation.distill_res:
+        raise UserError("--distill-epochs, --distill-res: expected at least one epoch and one resolution")
     training.check_batch(settings.distillation.distill_batch, settings.workers.workers)
     early, teacher = open_stores(settings, dataset.name)
     models = {(s.fingerprint.model, s.fingerprint.weights) for s in early}
@@ -66,8 +69,8 @@ def job(settings: Settings) -> dict[str, Any]:
         distillation=settings.distillation,
         seed=settings.workers.seed,
         train_precision=settings.computing.train_precision,
-        encoder_weights=early[0].fingerprint.weights,
-        teacher_weights=teacher.fingerprint.weights,
+        early=[training.made_by(s.fingerprint) for s in early],
+        teacher=training.made_by(teacher.fingerprint),
         images=len(trained) + len(held_out),
     )
     tags = {f"store.early.{s.fingerprint.res_px}": str(asdict(s.fingerprint)) for s in early}
@@ -168,7 +171,8 @@ class Distiller:
             done = step + 1
             self.log(done, steps, res, mse=loss.item(), lr=lr)
             if done % per_epoch == 0:
-                mse, constant = self.validate(store, self.student)
+                # Rank 0 decides for all: where a rounding differs, ranks would go on from different weights.
+                mse, constant = training.from_rank_0(lambda: self.validate(store, self.student))
                 self.log(done, steps, res, val_mse=mse, val_r2=1 - mse / constant)
                 if mse < best_mse:
                     best, best_mse = self.weights(), mse
@@ -178,7 +182,8 @@ class Distiller:
                 kept = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
                 kept |= {"stage": stage, "step": done, "results": state["results"], "best": best, "best_mse": best_mse}
                 training.save_state(self.rank, {"stage": stage, "step": done}, **kept)
-        result = {"res_px": res, "steps": steps, "val_mse": best_mse, "val_r2": r2, "ridge_r2": self.ridge_r2(store)}
+        result = {"res_px": res, "steps": steps, "val_mse": best_mse, "val_r2": r2}
+        result["ridge_r2"] = training.from_rank_0(lambda: (self.ridge_r2(store),))[0]
         self.log(steps, steps, res, ridge_r2=result["ridge_r2"])
         self.flush()
         return {"stage": stage + 1, "step": 0, "results": [*state["results"], result], "adapter": best}
@@ -213,12 +218,11 @@ class Distiller:
         for at in range(0, len(chosen), batch):
             x, y = self.pairs(store, chosen[at : at + batch])
             fit.add(x, F.interpolate(y, size=x.shape[-2:], mode="area"))
-        found = []
+        scores = []
         for penalty in ridge.PENALTIES:
-            weights = fit.solve(penalty)
-            mse, constant = self.validate(store, lambda x, w=weights: ridge.predict(w, x))
-            found.append(1 - mse / constant)
-        return max(found)
+            mse, constant = self.validate(store, partial(ridge.predict, fit.solve(penalty)))
+            scores.append(1 - mse / constant)
+        return max(scores)
 
     @torch.inference_mode()
     def validate(self, store: FeatureStore, predict: Callable[[Tensor], Tensor]) -> tuple[float, float]:
@@ -254,7 +258,7 @@ class Distiller:
             of = {"encoder": asdict(self.early[-1].fingerprint), "teacher": asdict(self.teacher.fingerprint)}
             self.adapter.save(folder, stages=results, of=of, commit=tracking.commit())
             self.run.folder(folder, "adapter")
-            shown = self.held_out[:PANEL_ROWS]
+            shown = self.held_out[:PANEL_IMAGES]
             picture = draw_panel(self.config["dataset"], self.adapter, self.pairs(self.early[-1], shown), shown)
             self.run.picture(picture, "panels/embeddings.png")
             self.flush()

@@ -119,12 +119,12 @@ def open_segmenter(settings: Settings, dataset: str, late: FeatureStore) -> tupl
     url = settings.checkpoint or f"{places.out}/{dataset}/fold{settings.fold}-{settings.model.title}/final"
     with tempfile.TemporaryDirectory() as folder:
         segmenter, record = Segmenter.load(training.fetch(url, folder, checkpoint_files("segmenter")))
+    if "late" not in record:
+        raise UserError(f"{url}: the checkpoint does not say what it was trained on; take one of train_episodic")
     made_on = record["late"]
-    if made_on["weights"] != late.fingerprint.weights or made_on["res_px"] != late.fingerprint.res_px:
-        raise UserError(
-            f"{url}: expected a checkpoint for {late.fingerprint.model} at {late.fingerprint.res_px} px, "
-            f"got one for {made_on['model']} at {made_on['res_px']} px; name the store it was trained on"
-        )
+    expected = what(asdict(late.fingerprint))
+    if what(made_on) != expected:
+        raise UserError(f"{url}: expected a checkpoint for {expected}, got one for {what(made_on)}; name its own store")
     if record["dataset"] == dataset and record["fold"] != settings.fold:
         raise UserError(
             f"{url}: trained for fold {record['fold']}, so it knows the classes of fold {settings.fold}; test its own"
@@ -142,6 +142,12 @@ def open_segmenter(settings: Settings, dataset: str, late: FeatureStore) -> tupl
     else:
         query = training.open_embedding(places, dataset, model, late, state_digest(segmenter.adapter))
     return segmenter, model.title, query
+
+
+def what(late: dict[str, Any]) -> str:
+    """What a segmenter was trained on, from the record of its `late` features."""
+    layer = training.layer(late["layers"], "late")
+    return f"{late['model']} at {late['res_px']} px ({late['weights']}, {layer})"
 
 
 @torch.inference_mode()
@@ -172,7 +178,7 @@ def at_size(logits: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def trained(segmenter: Segmenter, precision: AbstractContextManager) -> Callable[[EpisodeBatch], Prediction]:
-    """The segmenter as a function of a batch, at the precision it was trained with."""
+    """The segmenter as a function of a batch."""
 
     def predicted(batch: EpisodeBatch) -> Prediction:
         with precision:

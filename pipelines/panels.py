@@ -15,6 +15,7 @@ from fsdino.segmenter import Prediction
 CELL_PX = 192
 GAP_PX = 4
 CAPTION_PX = 18
+POINTS = ((0.3, 0.3), (0.5, 0.5), (0.7, 0.6))  # where similarity is shown: shares of width and height
 MASK_COLOUR = np.array([255, 40, 90], np.float32)
 
 
@@ -71,7 +72,7 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image.Image | None]]) 
 
 def embeddings(images: Sequence[Image.Image], teacher: np.ndarray, student: np.ndarray) -> Image.Image:
     """Images with teacher and student embeddings (n, g, g, e) in the colours of one PCA of the teacher's, and with
-    the self-similarity of both at the image's middle (Fig. 2)."""
+    the self-similarity of both at a few points (Fig. 2)."""
     flat = teacher.reshape(-1, teacher.shape[-1]).astype(np.float64)
     mean = flat.mean(0)
     _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
@@ -82,16 +83,18 @@ def embeddings(images: Sequence[Image.Image], teacher: np.ndarray, student: np.n
         small = Image.fromarray((np.clip(shares, 0, 1) * 255).astype(np.uint8))
         return small.resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
 
-    def alike(one: np.ndarray) -> Image.Image:
-        """Cosines with the middle position, stretched: what the network takes for alike to it."""
+    def alike(one: np.ndarray, x: float, y: float) -> Image.Image:
+        """Cosines with the position at a point, stretched: what the network takes for alike to it."""
         unit = one / np.linalg.norm(one, axis=-1, keepdims=True).clip(1e-6)
-        cosines = unit @ unit[one.shape[0] // 2, one.shape[1] // 2]
+        cosines = unit @ unit[int(y * one.shape[0]), int(x * one.shape[1])]
         return heat((cosines - cosines.min()) / max(float(np.ptp(cosines)), 1e-6))
 
-    rows = [
-        [marked(image, 0.5, 0.5), colours(t), colours(s), alike(t), alike(s)]
-        for image, t, s in zip(images, teacher, student, strict=True)
-    ]
+    rows: list[list[Image.Image | None]] = []
+    for image, t, s in zip(images, teacher, student, strict=True):
+        pca: list[Image.Image | None] = [colours(t), colours(s)]
+        for x, y in POINTS:
+            rows.append([marked(image, x, y), *pca, alike(t, x, y), alike(s, x, y)])
+            pca = [None, None]
     return panel(("image", "teacher", "student", "teacher, like the cross", "student"), rows)
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from fsdino.checkpoint import files as checkpoint_files
-from fsdino.encoder import Encoder, Features, encoder_of
+from fsdino.encoder import Encoder, Features, encoder_of_checkpoint
 from fsdino.errors import UserError
 from fsdino.preprocess import read_image, read_mask, resize_square, to_input
 from fsdino.prompts import mask_to_grid
@@ -66,7 +66,7 @@ def job(settings: Settings) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         segmenter, record = Segmenter.load(training.fetch(settings.checkpoint, folder, checkpoint_files("segmenter")))
-    encoder, res_px = encoder_of(record, settings.encoder_weights), record["encoder"]["res"]
+    encoder, res_px = encoder_of_checkpoint(record, settings.encoder_weights), record["encoder"]["res"]
     with torch.inference_mode():
         late = torch.cat([encode(encoder, image, res_px).late for image in supports])
         on_grid = [mask_to_grid(torch.from_numpy(mask).float()[None], late.shape[-1]) for mask in masks]

@@ -70,6 +70,8 @@ class EpisodeLoss(nn.Module):
 def job(settings: Settings) -> dict[str, Any]:
     """Check stores, fold and adapter, then train on Ray Train; a finished run is only reported."""
     dataset = VocDataset(settings.places.data)
+    if settings.episodic.steps is not None and settings.episodic.steps < 1:
+        raise UserError(f"--steps {settings.episodic.steps}: expected at least 1")
     training.check_batch(settings.episodic.batch, settings.workers.workers)
     name = settings.name or f"fold{settings.fold}-{settings.model.title}"
     images = dataset.training_images(settings.fold, settings.episodic.keep_novel)
@@ -87,7 +89,7 @@ def job(settings: Settings) -> dict[str, Any]:
         num_steps=steps,
         seed=settings.workers.seed,
         train_precision=settings.computing.train_precision,
-        late_weights=late.fingerprint.weights,
+        late=training.made_by(late.fingerprint),
         adapter_weights=state_digest(adapter),
         base_images=len(sampler.images),
     )
@@ -156,7 +158,7 @@ def open_inputs(settings: Settings, dataset: str) -> tuple[FeatureStore, Feature
     late = stages.open_store(places, dataset, "late", settings.encoding)
     same = {"weights": late.fingerprint.weights}
     early = stages.open_store(places, dataset, "early", settings.encoding, **same)
-    adapter = training.load_adapter(places, dataset, model, early.fingerprint)
+    adapter = training.load_adapter(places, dataset, model, early.fingerprint, settings.workers.seed)
     if model.adapter == "joint":
         return late, early, adapter
     return late, training.open_embedding(places, dataset, model, late, state_digest(adapter)), adapter

@@ -156,28 +156,49 @@ def read_adapter(url: str) -> tuple[BottleneckAdapter, dict[str, Any]]:
         return BottleneckAdapter.load(fetch(url, folder, checkpoint_files("adapter")))
 
 
-def load_adapter(places: Places, dataset: str, model: Model, early: Fingerprint) -> BottleneckAdapter:
-    """The distilled adapter of a data set, checked against the encoder it was made for; or a random one, if so set."""
+def load_adapter(places: Places, dataset: str, model: Model, early: Fingerprint, seed: int = 0) -> BottleneckAdapter:
+    """The distilled adapter of a data set, checked against the features it was made for; or a random one, if so set.
+
+    `seed` is a joint adapter's; one that stays random is always the same.
+    """
     if model.adapter != "distilled":
-        torch.manual_seed(0)
-        return BottleneckAdapter(early.channels, model.embedding_channels).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed if model.adapter == "joint" else 0)
+            return BottleneckAdapter(early.channels, model.embedding_channels).eval()
     url = f"{places.out}/{dataset}/distill/final"
     adapter, record = read_adapter(url)
     made_for = record["of"]["encoder"]
-    if made_for["weights"] != early.weights:
+    if (made_for["weights"], layer(made_for["layers"], "early")) != (early.weights, layer(early.layers, "early")):
         raise UserError(
-            f"{url}: expected the adapter of {early.model} ({early.weights}), got one of {made_for['model']} "
-            f"({made_for['weights']}); distil again under another --out"
+            f"{url}: expected the adapter of {early.model} ({early.weights}, {layer(early.layers, 'early')}), got one "
+            f"of {made_for['model']} ({made_for['weights']}, {layer(made_for['layers'], 'early')}); distil again under "
+            "another --out"
         )
     return adapter
 
 
 def open_embedding(places: Places, dataset: str, model: Model, late: FeatureStore, digest: str) -> FeatureStore:
-    """The embeddings that the adapter of that digest made of the views that `late` holds."""
+    """The embeddings that the adapter of that digest made of the encoder's views that `late` holds."""
     made = late.fingerprint
     url = store_url(places.store, dataset, embedding_name(model), made.res_px)
     expect = {"feature": "embedding", "weights": digest, "grid": made.grid, "view_seed": made.view_seed}
-    return open_at(places, url, expect)
+    store = open_at(places, url, expect)
+    if made.weights not in store.fingerprint.layers.split():
+        raise UserError(
+            f"{url}: expected embeddings of the encoder {made.weights}, got {store.fingerprint.layers}; bake them "
+            "again under another --store"
+        )
+    return store
+
+
+def layer(layers: str, feature: str) -> str:
+    """What a fingerprint's `layers` says of one feature: `early=block2`."""
+    return next((part for part in layers.split() if part.startswith(f"{feature}=")), layers)
+
+
+def made_by(fingerprint: Fingerprint) -> str:
+    """What decides a store's numbers, in one line, for a run's identity."""
+    return " ".join((fingerprint.weights, fingerprint.layers, fingerprint.precision, fingerprint.dtype))
 
 
 def embedding_name(model: Model) -> str:
@@ -201,6 +222,15 @@ def autocast(computing: Computing, device: torch.device) -> AbstractContextManag
     if computing.train_precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def from_rank_0(compute: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
+    """Numbers that rank 0 computes and every rank gets; every rank must call it."""
+    if not torch.distributed.is_initialized():
+        return compute()
+    found: list[Any] = [compute() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(found, src=0, device=ray.train.torch.get_device())
+    return found[0]
 
 
 class Stopwatch:

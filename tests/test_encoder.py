@@ -4,7 +4,14 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from fsdino.encoder import DINOV2_TIMM, DinoV2Encoder, _dinov2_to_timm, build_encoder, encoder_of, position_embedding
+from fsdino.encoder import (
+    DINOV2_TIMM,
+    DinoV2Encoder,
+    _dinov2_to_timm,
+    build_encoder,
+    encoder_of_checkpoint,
+    position_embedding,
+)
 from fsdino.errors import UserError
 from tests import reference_dinov2
 
@@ -145,7 +152,7 @@ def test_carried_imagenet_weights_classify_nothing_at_random():
 def test_a_checkpoint_names_its_encoder_and_refuses_other_weights():
     digest = build_encoder("tiny_vit").digest
     record = {"encoder": {"encoder": "tiny_vit", "encoder_weights": None, "late_norm": False}, "late": {}}
-    encoder = encoder_of(record | {"late": {"weights": digest}})
+    encoder = encoder_of_checkpoint(record | {"late": {"weights": digest}})
     assert encoder.layers == "early=block2 late=block3"
     with pytest.raises(UserError, match=f"tiny_vit: expected the weights abc that .* got {digest}; name the right"):
-        encoder_of(record | {"late": {"weights": "abc"}})
+        encoder_of_checkpoint(record | {"late": {"weights": "abc"}})
