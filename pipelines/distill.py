@@ -179,13 +179,13 @@ class Distiller:
                 r2 = 1 - best_mse / constant
             if done % workers.checkpoint_every == 0 and done < steps:
                 self.flush()  # a checkpoint must not be ahead of the curves that lead to it
-                kept = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
+                kept: dict[str, Any] = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
                 kept |= {"stage": stage, "step": done, "results": state["results"], "best": best, "best_mse": best_mse}
                 training.save_state(self.rank, {"stage": stage, "step": done}, **kept)
-        result = {"res_px": res, "steps": steps, "val_mse": best_mse, "val_r2": r2}
-        result["ridge_r2"] = training.from_rank_0(lambda: (self.ridge_r2(store),))[0]
-        self.log(steps, steps, res, ridge_r2=result["ridge_r2"])
+        (ridge_r2,) = training.from_rank_0(lambda: (self.ridge_r2(store),))
+        self.log(steps, steps, res, ridge_r2=ridge_r2)
         self.flush()
+        result = {"res_px": res, "steps": steps, "val_mse": best_mse, "val_r2": r2, "ridge_r2": ridge_r2}
         return {"stage": stage + 1, "step": 0, "results": [*state["results"], result], "adapter": best}
 
     def batches(self, stage: int, first: int, steps: int, per_epoch: int) -> Iterator[list[str]]:

@@ -63,7 +63,7 @@ class Settings:
 def job(settings: Settings) -> dict[str, Any]:
     """Check, run the episodes, score, log."""
     dataset, places = VocDataset(settings.places.data), settings.places
-    model, title = None, settings.method
+    model, title = None, str(settings.method)
     images = dataset.test_images(settings.fold)
     late = stages.open_store(places, dataset.name, "late", settings.encoding)
     device = stages.device_of(settings.computing)

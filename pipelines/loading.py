@@ -47,7 +47,8 @@ class EpisodeBatch:
 
 
 def predict(segmenter: Segmenter, batch: EpisodeBatch) -> Prediction:
-    """What a segmenter finds in the queries of a batch."""
+    """What a segmenter finds in the queries of a batch, which bring what its config asks for."""
+    assert batch.query_input is not None
     support = segmenter.encode_support(batch.support_late, batch.support_masks)
     embedding = segmenter.embed(batch.query_input) if segmenter.config.joint_adapter else batch.query_input
     return segmenter.segment(batch.query_late, embedding, support)

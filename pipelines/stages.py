@@ -80,7 +80,7 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS names, or start a local Ray for this process."""
     if not ray.is_initialized():
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR")
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
             raise ClusterFault(error) from error
         logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -167,7 +167,9 @@ class Read(Protocol):
 class Single(torch.nn.Module):
     """A network of one feature."""
 
-    def __init__(self, network: torch.nn.Module, feature: str):
+    network: Any
+
+    def __init__(self, network: Any, feature: str):
         super().__init__()
         self.network, self.feature = network, feature
         self.mean, self.std = getattr(network, "mean", None), getattr(network, "std", None)

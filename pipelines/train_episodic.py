@@ -21,6 +21,7 @@ from fsdino.adapter import BottleneckAdapter
 from fsdino.checkpoint import files as checkpoint_files
 from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.voc import VocDataset
+from fsdino.errors import UserError
 from fsdino.losses import mask_loss
 from fsdino.segmenter import Segmenter, SegmenterConfig
 from fsdino.teacher import sam_decoder_state
@@ -64,7 +65,7 @@ class EpisodeLoss(nn.Module):
         losses = {"final": mask_loss(predicted.mask_logits, batch.query_labels)}
         if predicted.prior_logits is not None:
             losses["prior"] = mask_loss(predicted.prior_logits, batch.query_labels)
-        return {"loss": sum(losses.values()), **losses}
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
 
 def job(settings: Settings) -> dict[str, Any]:

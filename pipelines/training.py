@@ -70,7 +70,7 @@ def run(
         connect()
         resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if computing.gpu else {})
         check_resources(resources, workers.workers)
-        progress = Progress.remote()
+        progress = Progress.remote()  # type: ignore[attr-defined]
         fs, root = fsspec.url_to_fs(folder)
         trainer = TorchTrainer(
             loop,
@@ -96,7 +96,7 @@ class Progress:
     """Where a training loop is; rank 0 tells it, the driver asks. Workers may be on any node."""
 
     def __init__(self):
-        self._at = ("starting workers", 0, None)
+        self._at: tuple[str, int, int | None] = ("starting workers", 0, None)
 
     def tell(self, title: str, done: int, total: int) -> None:
         """Set the stage's title, and its steps done and in all."""

@@ -178,3 +178,16 @@ def test_training_on_the_store_of_another_encoder(capsys, shapes_root, tmp_path)
     create(str(tmp_path / "shapes" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
     line = mistake(capsys, train_episodic, "--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--fold", 0)
     assert "the store was made otherwise (model: expected tiny_vit, got dinov2_vitb14)" in line
+
+
+def test_no_step_at_all(capsys, shapes_root):
+    line = mistake(capsys, train_episodic, "--recipe", "tiny", "--data", shapes_root, "--fold", 0, "--steps", 0)
+    assert "--steps 0: expected at least 1" in line
+
+
+def test_relative_weight_files_are_found_by_workers_in_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = ["--decoder-weights", "sam.pth", "--encoder-weights", "hf:someone/net"]
+    settings = parse(train_episodic.Settings, ["--recipe", "tiny", "--fold", "0", *weights])
+    assert settings.model.decoder_weights == str(tmp_path / "sam.pth")
+    assert settings.encoding.encoder_weights == "hf:someone/net"

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import safetensors.torch
 import timm
@@ -13,6 +15,7 @@ from fsdino.encoder import (
     position_embedding,
 )
 from fsdino.errors import UserError
+from fsdino.preprocess import read_image, resize_square, to_input
 from tests import reference_dinov2
 
 
@@ -140,13 +143,38 @@ def test_efficientnet_stages_are_normalised_on_the_stride_16_grid():
     torch.testing.assert_close(late[:, 112:].norm(dim=1), torch.ones(2, 7, 7))
 
 
+@pytest.mark.real_data
 @torch.no_grad()
-def test_carried_imagenet_weights_classify_nothing_at_random():
-    """Right tensors in the right places: a flat image and a noisy one give quite different features."""
+def test_photographs_have_the_statistics_that_the_carried_weights_expect(voc_root):
+    """Right tensors in the right places: each layer's channel means are those that training left in its batch norm.
+
+    Norms behind an expansion are left out, as their means are near zero.
+    """
     encoder = build_encoder("tf_efficientnet_lite0")
-    flat, noisy = torch.zeros(1, 3, 64, 64), torch.randn(1, 3, 64, 64)
-    raw = [stage.abs().mean().item() for stage in encoder.net(torch.cat([flat, noisy]))]
-    assert all(0.05 < level < 20 for level in raw), raw
+    paths = sorted((voc_root / "JPEGImages").glob("*.jpg"))[:16]
+    x = torch.cat([to_input(resize_square(read_image(p), 224)[None], encoder.mean, encoder.std) for p in paths])
+    correlations = {}
+
+    def seen(name, norm, inputs):
+        both = torch.stack([inputs[0].mean((0, 2, 3)), norm.running_mean])
+        correlations[name] = torch.corrcoef(both)[0, 1].item()
+
+    for name, module in encoder.net.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and name.rsplit(".", 1)[-1] in ("bn2", "bn3"):
+            module.register_forward_pre_hook(partial(lambda name, norm, inputs: seen(name, norm, inputs), name))
+    encoder(x)
+    assert len(correlations) == 31 and min(correlations.values()) > 0.9, correlations
+
+
+@torch.no_grad()
+def test_positions_stay_at_full_precision_under_autocast(official):
+    """As in the official code, whose tokens are float32 from the first sum on."""
+    encoder, state = official
+    x = torch.randn(1, 3, 126, 126)
+    with torch.autocast("cpu", torch.bfloat16):
+        blocks, late = reference_dinov2.features(state, x, heads=6)
+        out = encoder(x)
+    assert torch.equal(out.early, blocks[2]) and torch.equal(out.late, late)
 
 
 def test_a_checkpoint_names_its_encoder_and_refuses_other_weights():
@@ -156,3 +184,9 @@ def test_a_checkpoint_names_its_encoder_and_refuses_other_weights():
     assert encoder.layers == "early=block2 late=block3"
     with pytest.raises(UserError, match=f"tiny_vit: expected the weights abc that .* got {digest}; name the right"):
         encoder_of_checkpoint(record | {"late": {"weights": "abc"}})
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "tf_efficientnet_lite0"])
+def test_weights_are_not_silently_left_out_by_encoders_that_bring_their_own(name):
+    with pytest.raises(UserError, match=f"w.pth: {name} brings its own weights"):
+        build_encoder(name, "w.pth")

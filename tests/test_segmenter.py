@@ -185,22 +185,68 @@ def test_a_registered_class_can_be_kept_and_used_later(tmp_path, variant):
 
 
 def test_a_segmenter_is_saved_and_loaded_as_the_ecosystem_does(tmp_path, monkeypatch):
-    model = Segmenter(SMALL).eval()
+    Segmenter(SMALL).save(tmp_path / "trained", fold=2, encoder={"res": 70})
+    model = Segmenter.from_pretrained(tmp_path / "trained")
     model.save_pretrained(tmp_path)
-    again = Segmenter.from_pretrained(tmp_path)
+    again, record = Segmenter.load(tmp_path)
+    assert record["fold"] == 2 and record["encoder"] == {"res": 70}  # what predict and evaluate need
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     asked = []
     monkeypatch.setattr("fsdino.segmenter.from_hub", lambda name: asked.append(name) or tmp_path / name.rsplit("/")[-1])
-    assert Segmenter.from_pretrained("someone/cats").config == SMALL
-    assert asked == ["hf:someone/cats/segmenter.json", "hf:someone/cats/segmenter.safetensors"]
+    for name in ("someone/cats", "hf:someone/cats"):
+        assert Segmenter.from_pretrained(name).config == SMALL
+    assert asked == ["hf:someone/cats/segmenter.safetensors", "hf:someone/cats/segmenter.json"] * 2
 
 
-def test_support_and_query_may_come_on_other_grids():
+@pytest.mark.parametrize("place", ["nofolder", "/no/such/folder", "outputs/runs/x/final"])
+def test_a_mistyped_folder_is_not_taken_for_a_repository(place):
+    with pytest.raises(UserError, match=f"{place}: expected a checkpoint's folder"):
+        Segmenter.from_pretrained(place)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"format_version": 2}, r"segmenter\.json: expected format version 1, got 2; load it with the release"),
+        ([1], r"segmenter\.json: expected format version 1, got None"),
+        ({"format_version": 1}, r"expected a segmenter's checkpoint, got another's \('config'\)"),
+        (
+            {"format_version": 1, "config": {"colour": 1}},
+            "expected a segmenter's checkpoint, got another's .*early_channels",
+        ),
+    ],
+)
+def test_checkpoints_of_another_making_end_in_one_line(tmp_path, record, said):
+    Segmenter(SMALL).save(tmp_path)
+    (tmp_path / "segmenter.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=said):
+        Segmenter.load(tmp_path)
+
+
+def test_a_checkpoint_without_its_tensors_names_the_file(tmp_path):
+    Segmenter(SMALL).save(tmp_path)
+    (tmp_path / "segmenter.safetensors").unlink()
+    with pytest.raises(UserError, match=r"expected a checkpoint with segmenter\.safetensors, found none"):
+        Segmenter.load(tmp_path)
+
+
+@torch.no_grad()
+def test_a_support_on_a_finer_grid_tells_what_its_coarser_copy_does():
+    """Features and masks that are constant on blocks of 2 x 2 say the same on either grid."""
+    torch.manual_seed(0)
     model = Segmenter(SMALL).eval()
-    late, masks, *_ = small_batch(dataclasses.replace(SMALL, grid=9))
+    late, _, query, embedding = small_batch(SMALL)
+    masks = (torch.rand(*late.shape[:2], 6, 6) > 0.5).float()
+    coarse = model.encode_support(late, masks)
+    fine = model.encode_support(*(x.repeat_interleave(2, -1).repeat_interleave(2, -2) for x in (late, masks)))
+    torch.testing.assert_close(fine.prototype, coarse.prototype)
+    torch.testing.assert_close(fine.prompt, coarse.prompt)
+    one, other = (model.segment(query, embedding, s) for s in (coarse, fine))
+    # Resampling to the trained grid smooths the borders of blocks, so the correlation is alike and not equal.
+    both = torch.stack([one.prior_logits.flatten(), other.prior_logits.flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.95
     _, _, query, embedding = small_batch(dataclasses.replace(SMALL, grid=13))
-    predicted = model.segment(query, embedding, model.encode_support(late, masks))
-    assert predicted.mask_logits.shape == predicted.prior_logits.shape == (3, 1, 52, 52)
+    assert model.segment(query, embedding, fine).mask_logits.shape == (3, 1, 52, 52)
 
 
 @torch.no_grad()

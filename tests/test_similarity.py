@@ -1,8 +1,10 @@
 """Self-similarity against values by hand, and what agreement must not depend on."""
 
+import pytest
 import torch
 
 from fsdino.encoder import build_encoder
+from fsdino.errors import UserError
 from fsdino.similarity import agreement, self_similarity
 from pipelines import analyze_layers, tracking
 from pipelines.cli import parse
@@ -55,3 +57,15 @@ def test_the_command_scores_every_layer_and_keeps_table_plot_and_maps(shapes_roo
         "panels/layers.png",
         "panels/maps.png",
     }
+
+
+def test_mistakes_are_told_before_the_work(shapes_root, tmp_path, capsys):
+    arguments = ["--recipe", "tiny", "--data", str(shapes_root), "--tracking-uri", f"sqlite:///{tmp_path}/m.db"]
+    for flags, said in (
+        (["--plot", str(tmp_path / "none" / "x.png")], "expected a .png file in a folder that exists"),
+        (["--plot", str(tmp_path / "x.jpg")], "expected a .png file"),
+        (["--res", "100"], "--res 100: tiny_vit needs a multiple of 14"),
+        (["--early-norm"], "layers are compared without any norm"),
+    ):
+        with pytest.raises(UserError, match=said):
+            analyze_layers.job(parse(analyze_layers.Settings, [*arguments, "--images", "4", *flags]))

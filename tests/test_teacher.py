@@ -1,18 +1,37 @@
+import numpy as np
 import pytest
 import torch
 from segment_anything import sam_model_registry
 
 from fsdino.errors import UserError
+from fsdino.preprocess import to_input
 from fsdino.segmenter import Segmenter, SegmenterConfig
 from fsdino.teacher import build_teacher, sam_decoder_state
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_sam_is_segment_anythings_own_encoder_at_its_own_side():
+def test_sam_from_pixels_is_segment_anythings_own_embedding(tmp_path):
+    """ViT-B at 1024 px, official key names, against a network of segment-anything that we only load."""
+    torch.manual_seed(0)
+    sam = sam_model_registry["vit_b"]().eval()
+    for parameter in sam.image_encoder.parameters():  # relative positions start at zero
+        parameter += 0.02 * torch.randn_like(parameter)
+    torch.save(sam.state_dict(), tmp_path / "sam.pth")
+    teacher = build_teacher("sam_vit_b", str(tmp_path / "sam.pth"))
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 1024, 1024, 3), dtype=np.uint8)
+    seen = sam.preprocess(torch.from_numpy(pixels).permute(0, 3, 1, 2).float())
+    ours = to_input(pixels, teacher.mean, teacher.std)
+    torch.testing.assert_close(ours, seen, atol=1e-6, rtol=0)  # mean and std on the scale of 1 instead of 255
+    assert torch.equal(teacher(seen), sam.image_encoder(seen))
+    assert teacher(seen).shape == (1, 256, 64, 64) and teacher.input_px(518) == 1024
+    expected = sam.image_encoder(seen)
+    assert (teacher(ours) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_teacher_keeps_its_own_side_whatever_the_student_sees():
     teacher = build_teacher("tiny_sam")
-    x = torch.randn(2, 3, 128, 128)
-    assert torch.equal(teacher(x), teacher.image_encoder(x))
-    assert teacher(x).shape == (2, teacher.channels, teacher.grid(70), teacher.grid(70))
+    assert teacher(torch.randn(2, 3, 128, 128)).shape == (2, teacher.channels, teacher.grid(70), teacher.grid(70))
     assert teacher.input_px(70) == 128
 
 

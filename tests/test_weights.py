@@ -5,9 +5,13 @@ import http.server
 import io
 import multiprocessing
 import threading
+from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
+import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 from segment_anything.build_sam import sam_model_registry
 
@@ -22,14 +26,26 @@ BODY = bytes(range(256)) * 5000
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `files`. The path says how: whole, ranged, cut or stuck (answers end after 400 kB), broken, absent."""
+    """Serves `files`. The path says how: whole, ranged, cut, stuck or chunked (answers end after 400 kB), garbage,
+    broken, absent."""
 
+    protocol_version = "HTTP/1.1"
+    close_connection = True
     files: ClassVar[dict[str, bytes]] = {"file.pth": BODY}
     asked: ClassVar[list[str]] = []
 
     def do_GET(self):
         _, manner, name = self.path.split("/")
         self.asked.append(self.headers.get("Range", ""))
+        if manner == "garbage":
+            self.wfile.write(b"no HTTP at all\r\n\r\n")
+            return
+        if manner == "chunked":  # one chunk is announced longer than it is
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"fffff\r\n" + self.files[name][:400_000])
+            return
         if manner in ("absent", "broken"):
             self.send_error(404 if manner == "absent" else 503)
             return
@@ -65,13 +81,26 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+def kept(cache):
+    """What is in the cache besides locks."""
+    return [path for path in cache.iterdir() if path.suffix != ".lock"]
+
+
+def attempt(published):
+    """What a process that wants the file ends with."""
+    try:
+        return fetch("name", published)
+    except UserError as error:
+        return str(error)
+
+
 MD5 = "md5:" + hashlib.md5(BODY).hexdigest()[:6]
 
 
 def test_a_download_is_checked_and_kept(server, cache):
     published = Published(f"{server}/whole/file.pth", MD5, len(BODY))
     path = fetch("name", published)
-    assert path == cache / "file.pth" and path.read_bytes() == BODY and len(list(cache.iterdir())) == 1
+    assert path == cache / "file.pth" and path.read_bytes() == BODY and kept(cache) == [path]
     path.write_bytes(b"kept")
     assert fetch("name", published).read_bytes() == b"kept"  # not downloaded again
 
@@ -81,7 +110,7 @@ def test_wrong_bytes_are_refused_and_leave_nothing_behind(server, cache):
         fetch("name", Published(f"{server}/whole/file.pth", "md5:000000"))
     with pytest.raises(UserError, match=f"expected 7 bytes, got {len(BODY)}"):
         fetch("name", Published(f"{server}/whole/file.pth", None, 7))
-    assert list(cache.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_a_connection_that_breaks_off_is_taken_up_where_it_was(server, cache):
@@ -128,8 +157,88 @@ def test_two_processes_that_want_one_file_download_it_once(server, cache):
     published = Published(f"{server}/whole/file.pth", MD5)
     with multiprocessing.get_context("fork").Pool(4) as pool:
         assert len(set(pool.starmap(fetch, [("name", published)] * 4))) == 1
-    assert list(cache.iterdir()) == [cache / "file.pth"] and (cache / "file.pth").read_bytes() == BODY
+    assert kept(cache) == [cache / "file.pth"] and (cache / "file.pth").read_bytes() == BODY
     assert len(Handler.asked) == 1
+
+
+@pytest.mark.parametrize("manner", ["garbage", "chunked"])
+def test_answers_that_are_no_http_are_a_failed_download(server, cache, manner):
+    with pytest.raises(UserError, match=r"cannot download \("):
+        fetch("name", Published(f"{server}/{manner}/file.pth", MD5))
+
+
+def test_every_process_that_waits_in_vain_is_told_so(server, cache):
+    for published in (Published(f"{server}/broken/file.pth", None), Published(f"{server}/whole/file.pth", "md5:0000")):
+        with multiprocessing.get_context("fork").Pool(3) as pool:
+            for said in pool.starmap(attempt, [(published,)] * 3):
+                assert "cannot download" in said or "expected a file whose md5" in said
+    assert kept(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_a_users_mistake(server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FSDINO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written .* let FSDINO_CACHE name a folder"):
+        fetch("name", Published(f"{server}/whole/file.pth", MD5))
+    monkeypatch.setenv("FSDINO_CACHE", "")
+    assert weights.cache_folder() == Path.home() / ".cache" / "fsdino"
+
+
+def test_a_fetched_file_that_is_no_network_is_put_aside_and_fetched_anew(server, cache, monkeypatch):
+    monkeypatch.setitem(Handler.files, "net.pth", b"<html>come back later</html>")
+    monkeypatch.setitem(PUBLISHED, "net", Published(f"{server}/whole/net.pth", None))
+    with pytest.raises(UserError, match=r"net\.pth\.useless: expected a PyTorch state dict"):
+        load_state(torch.nn.Linear(3, 2), "net")
+    network, file = torch.nn.Linear(3, 2), io.BytesIO()
+    torch.save(network.state_dict(), file)
+    monkeypatch.setitem(Handler.files, "net.pth", file.getvalue())
+    other = torch.nn.Linear(3, 2)
+    load_state(other, "net")
+    assert torch.equal(other.weight, network.weight)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {"weight": 3}])
+def test_a_file_of_something_else_than_tensors_by_name_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="expected a dict of tensors, got something else"):
+        load_state(torch.nn.Linear(3, 2), "linear", tmp_path / "w.pth")
+
+
+def test_weights_come_from_the_hub_unless_offline(tmp_path, monkeypatch):
+    network = torch.nn.Linear(3, 2)
+    body = safetensors.torch.save(network.state_dict())
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.command, self.path))
+            self.send_response(200)
+            self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        real, place = huggingface_hub.hf_hub_download, f"http://127.0.0.1:{running.server_port}"
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", partial(real, endpoint=place, cache_dir=tmp_path))
+        other = torch.nn.Linear(3, 2)
+        monkeypatch.setenv("FSDINO_OFFLINE", "1")
+        with pytest.raises(UserError, match="hf:someone/net: cannot be had from the hub"):
+            load_state(other, "net", "hf:someone/net")
+        assert asked == []
+        monkeypatch.setenv("FSDINO_OFFLINE", "0")
+        load_state(other, "net", "hf:someone/net")
+        assert torch.equal(other.weight, network.weight)
+        assert ("GET", "/someone/net/resolve/main/model.safetensors") in asked
+        running.shutdown()
 
 
 def test_offline_nothing_is_asked_for(server, cache, monkeypatch):
