@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import timm
@@ -26,7 +26,7 @@ import tyro
 from segment_anything import sam_model_registry
 
 from fsdino import paper
-from fsdino.encoder import DINOV2_TIMM, DinoV2Encoder
+from fsdino.encoder import DINOV2_TIMM, DinoV2Encoder, Features
 from fsdino.segmenter import Segmenter, SegmenterConfig
 from fsdino.teacher import SamTeacher
 from pipelines.loading import EpisodeBatch
@@ -59,22 +59,26 @@ Work = Callable[[], object]
 
 def encoder() -> tuple[torch.nn.Module, Work]:
     """Both layers of one photograph."""
-    net = DinoV2Encoder(timm.create_model(DINOV2_TIMM["dinov2_vitb14"], num_classes=0), "random")
+    vit = timm.create_model(DINOV2_TIMM["dinov2_vitb14"], num_classes=0)
+    for name, parameter in vit.named_parameters():
+        if ".ls" in name:
+            torch.nn.init.ones_(parameter)  # a fresh network's LayerScale is 1e-5, under which no block does anything
+    net = DinoV2Encoder(vit, "random")
     x = torch.randn(1, 3, RES_PX, RES_PX)
-    return net, lambda: net(x.to(_device(net)))
+    return net, lambda: net(x)
 
 
 def teacher() -> tuple[torch.nn.Module, Work]:
     """SAM-H's embedding of one photograph."""
     net = SamTeacher(sam_model_registry["vit_h"]().image_encoder, "random")
     x = torch.randn(1, 3, net.side_px, net.side_px)
-    return net, lambda: net(x.to(_device(net)))
+    return net, lambda: net(x)
 
 
 def support() -> tuple[torch.nn.Module, Work]:
     """A class, registered from one support."""
     net, batch = segmenter(), episodes(1)
-    return net, lambda: net.encode_support(*_on(net, batch.support_late, batch.support_masks))
+    return net, lambda: net.encode_support(batch.support_late, batch.support_masks)
 
 
 def query() -> tuple[torch.nn.Module, Work]:
@@ -82,13 +86,13 @@ def query() -> tuple[torch.nn.Module, Work]:
     net, batch = segmenter(), episodes(1)
     with torch.inference_mode():
         encoded = net.encode_support(batch.support_late, batch.support_masks)
-    return net, lambda: net.segment(*_on(net, batch.query_late, batch.query_input), type(encoded)(*_on(net, *encoded)))
+    return net, lambda: net.segment(batch.query_late, batch.query_input, encoded)
 
 
 def adapter() -> tuple[torch.nn.Module, Work]:
     """The embedding of one query."""
     net, x = segmenter(), torch.randn(1, WIDTH, GRID, GRID)
-    return net, lambda: net.embed(*_on(net, x))
+    return net, lambda: net.embed(x)
 
 
 def training_step() -> tuple[torch.nn.Module, Work]:
@@ -99,7 +103,7 @@ def training_step() -> tuple[torch.nn.Module, Work]:
 
     def step() -> None:
         with torch.enable_grad():
-            loss(batch.to(_device(loss)))["loss"].backward()
+            loss(batch)["loss"].backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
@@ -117,7 +121,7 @@ def fused_again(size: int = 1, backward: bool = False) -> tuple[torch.nn.Module,
     assert net is not None
     with torch.inference_mode():
         kernel = net.kernel(batch.support_late[:, 0], torch.rand(size, GRID, GRID))
-    return net, lambda: net.reduced(*_on(net, kernel, batch.query_late))
+    return net, lambda: net.reduced(kernel, batch.query_late)
 
 
 def plain(size: int = 1, backward: bool = False) -> tuple[torch.nn.Module, Work]:
@@ -132,7 +136,7 @@ def _reduction(size: int, backward: bool, reduce: Callable[..., torch.Tensor]) -
 
     def work() -> None:
         with torch.set_grad_enabled(backward):
-            out = reduce(net, *_on(net, batch.support_late[:, 0], weights, batch.query_late))
+            out = reduce(net, batch.support_late[:, 0], weights, batch.query_late)
             if backward:
                 out.sum().backward()
 
@@ -179,12 +183,10 @@ def episodes(size: int) -> EpisodeBatch:
     return EpisodeBatch([], late[:, 1:], masks, late[:, 0], embedding, labels[:, 0].to(torch.uint8))
 
 
-def _device(net: torch.nn.Module) -> torch.device:
-    return next(net.parameters()).device
-
-
-def _on(net: torch.nn.Module, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [None if x is None else x.to(_device(net)) for x in tensors]
+def made(make: Callable[[], tuple[torch.nn.Module, Work]], device: str) -> tuple[torch.nn.Module, Work]:
+    """Network, weights and inputs on the device."""
+    with torch.device(device):
+        return make()
 
 
 def run(work: Work, device: str, precision: str) -> float:
@@ -202,8 +204,7 @@ def memory(settings: Settings) -> dict[str, float]:
     """Peak of one part above its weights and inputs in this process, and the weights, in MB."""
     torch.manual_seed(0)
     every = PARTS | {name: make for group in CORRELATIONS.values() for name, make in group.items()}
-    net, work = every[settings.part]()  # type: ignore[index]
-    net.to(settings.device)
+    net, work = made(every[settings.part], settings.device)  # type: ignore[index]
     weights = sum(p.nbytes for p in net.parameters()) / 1e6
     torch.ones(64, 64, device=settings.device) @ torch.ones(64, 64, device=settings.device)  # the library's own buffers
     if settings.device == "cuda":
@@ -235,8 +236,7 @@ def memory_of(part: str, settings: Settings, precision: str) -> dict[str, float]
 
 def times(make: Callable[[], tuple[torch.nn.Module, Work]], settings: Settings, precision: str) -> list[float]:
     """Medians of a part's runs, plain and if so set compiled."""
-    net, work = make()
-    net.to(settings.device)
+    _, work = made(make, settings.device)
     rounds = 3 if make is teacher else settings.rounds
     found = []
     for way in (work, torch.compile(work)) if settings.compile else (work,):
@@ -247,11 +247,7 @@ def times(make: Callable[[], tuple[torch.nn.Module, Work]], settings: Settings, 
 
 def paired(group: dict[str, Callable], settings: Settings, precision: str) -> dict[str, list[float]]:
     """Seconds of each contender in every round, in turn."""
-    works = {}
-    for name, make in group.items():
-        net, work = make()
-        net.to(settings.device)
-        works[name] = work
+    works = {name: made(make, settings.device)[1] for name, make in group.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(settings.rounds + 2):
         for name, work in works.items():
@@ -259,6 +255,22 @@ def paired(group: dict[str, Callable], settings: Settings, precision: str) -> di
             if number >= 2:
                 seconds[name].append(took)
     return seconds
+
+
+def errors(make: Callable[[], tuple[torch.nn.Module, Work]], device: str) -> dict[str, list[float]]:
+    """For each feature of an encoder or teacher, its relative error in bfloat16 and in float16."""
+    torch.manual_seed(0)
+    _, work = made(make, device)
+
+    def features(precision: torch.dtype | None) -> dict[str, torch.Tensor]:
+        with torch.no_grad(), nullcontext() if precision is None else torch.autocast(device, precision):
+            out: Any = work()
+        named = out._asdict() if isinstance(out, Features) else {"embedding": out}
+        return {f"{make.__name__}, {name}": value.float() for name, value in named.items()}
+
+    exact = features(None)
+    halves = [features(precision) for precision in (torch.bfloat16, torch.float16)]
+    return {name: [float((half[name] - x).norm() / x.norm()) for half in halves] for name, x in exact.items()}
 
 
 def main(settings: Settings) -> None:
@@ -290,6 +302,10 @@ def main(settings: Settings) -> None:
                     f"{middle:.2f} ({low:.2f} to {high:.2f}) | {used[name]:.1f} | {used[name] / used[base]:.2f} |"
                 )
                 print(lines[-1], file=sys.stderr, flush=True)
+    lines += ["", "## Halves: relative L2 error of the features under autocast, against float32", ""]
+    lines += ["| | bfloat16 | float16 |", "|---|---|---|"]
+    for make in (encoder, teacher):
+        lines += [f"| {name} | {half[0]:.4f} | {half[1]:.4f} |" for name, half in errors(make, settings.device).items()]
     text = "\n".join(lines) + "\n"
     print(text)
     if settings.out:
