@@ -81,10 +81,11 @@ class CorrelationPrior(nn.Module):
 
     def reduced(self, kernel: Float[Tensor, "b k c"], query: Float[Tensor, "b c h h"]) -> Float[Tensor, "b k g g"]:
         """The correlation after the first convolution. Norms are divided out last: no copy of the query is made."""
+        scale = _inverse_norm(query)[:, None]
         product = torch.einsum("bkc,bcp->bkp", kernel, query.flatten(2)).unflatten(2, query.shape[-2:])
         bias = self.support_reduce.bias
         assert bias is not None
-        return F.relu(_to_grid(product * _inverse_norm(query)[:, None], self.grid) + bias[:, None, None])
+        return F.relu(_to_grid(product * scale, self.grid) + bias[:, None, None])
 
     def decode(
         self, reduced: Float[Tensor, "b k g g"], similarity: Float[Tensor, "b 1 q q"]
@@ -105,8 +106,9 @@ class CorrelationPrior(nn.Module):
 
 
 def _inverse_norm(x: Float[Tensor, "b c h h"]) -> Float[Tensor, "b h h"]:
-    """1 / |x| over channels, bounded as in F.normalize."""
-    return 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12)
+    """1 / |x| over channels, bounded as in F.normalize; at least in float32, as squares of halves overflow."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.square().sum(1).clamp_min(1e-24).rsqrt().to(x.dtype)
 
 
 def _to_grid(x: Float[Tensor, "b c h h"], grid: int) -> Float[Tensor, "b c g g"]:
