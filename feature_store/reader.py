@@ -19,7 +19,6 @@ from feature_store.writer import read_array
 
 LOCAL_THREADS, REMOTE_THREADS = 4, 16
 RUN_BYTES = 8 << 20  # the longest range asked for at once, so that a long read is spread over the threads
-PIECE_BYTES = 512 << 10  # of a local sample, between two looks at its checksum: half of a small second-level cache
 MAPS_KEPT = FILES_KEPT = 256
 
 
@@ -260,34 +259,24 @@ class FeatureStore:
                 packing.unpack(sample, target)
 
     def _fill_local(self, rows: list[int], buffers: list[memoryview]) -> None:
-        """Each sample straight into its own memory."""
+        """One call of the system for all neighbours, each into its own memory."""
         shard = rows[0] // layout.ROWS_PER_SHARD
         file = self._files.get(shard)
         if file is None:
             file = self._open_shard(shard)
+        crcs = [memoryview(bytearray(layout.CRC_BYTES)) for _ in rows]
+        inside = [part for pair in zip(buffers, crcs, strict=True) for part in pair]
         try:
-            for row, buffer in zip(rows, buffers, strict=True):
-                if not self._read_sample(file, row, buffer):
-                    raise self._damaged(row)
+            got = os.preadv(file, inside, self._span(rows[0])[0])
         except OSError as error:
             raise self._failed(shard, error) from None
         finally:
             if self._files.get(shard) != file:
                 os.close(file)
-
-    def _read_sample(self, file: int, row: int, buffer: memoryview) -> bool:
-        """Whether a sample is whole and right. In pieces, each checked while it is in the processor's cache."""
-        offset, size = self._span(row)[0], self.sample_bytes
-        if not self.verify:
-            return os.preadv(file, [buffer], offset) == size
-        seen, computed, stored = 0, 0, bytearray(layout.CRC_BYTES)
-        for start in range(0, size, PIECE_BYTES):
-            piece = buffer[start : start + PIECE_BYTES]
-            last = start + PIECE_BYTES >= size
-            seen += os.preadv(file, [piece, stored] if last else [piece], offset + start)
-            computed = layout.crc32c(piece, computed)
-        whole = seen == size + layout.CRC_BYTES
-        return whole and computed == self.checksums[row] == int.from_bytes(stored, "little")
+        for row, buffer, crc in zip(rows, buffers, crcs, strict=True):
+            got -= self.sample_bytes + layout.CRC_BYTES
+            if got < 0 or not self._right(row, buffer, crc):
+                raise self._damaged(row)
 
     def _open_shard(self, shard: int) -> int:
         """A shard's file, kept open if few are."""
