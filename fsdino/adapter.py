@@ -54,5 +54,6 @@ class BottleneckAdapter(nn.Module):
             adapter = cls(**record["config"])
             adapter.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{folder}: expected an adapter's checkpoint, got another's ({error})") from None
+            first = str(error).splitlines()[0]
+            raise UserError(f"{folder}: expected an adapter's checkpoint, got another's ({first})") from None
         return adapter.eval(), record

@@ -176,6 +176,7 @@ class Segmenter(nn.Module):
             model = cls(SegmenterConfig(**record["config"]))
             model.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{folder}: expected a segmenter's checkpoint, got another's ({error})") from None
+            first = str(error).splitlines()[0]
+            raise UserError(f"{folder}: expected a segmenter's checkpoint, got another's ({first})") from None
         model.origin = {key: value for key, value in record.items() if key not in ("config", "format_version")}
         return model.eval(), record

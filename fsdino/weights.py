@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -223,7 +224,11 @@ def load_state(
 
 def _aside(path: Path, local: str | Path | None) -> Path:
     """The path of a useless file; one of our own cache is renamed, so that the next run downloads it anew."""
-    return path if local else path.rename(path.with_name(f"{path.name}.useless"))
+    if local:
+        return path
+    with suppress(OSError):  # another process may have been first
+        return path.rename(path.with_name(f"{path.name}.useless"))
+    return path
 
 
 def own_weights_only(name: str, weights: str | Path | None) -> None:
