@@ -49,7 +49,7 @@ def gather(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
         asked = {key: str(getattr(settings, key)) for key in ("shots", "episodes", "test_seed")}
         if run["tags"].get("dataset") != settings.dataset or any(params.get(k) != v for k, v in asked.items()):
             continue
-        scores = {key: round(run["metrics"][key], 4) for key in ("miou", "fb_iou")}
+        scores = {key: round(run["metrics"][key], 6) for key in ("miou", "fb_iou")}
         table.setdefault(params["method"], {}).setdefault(params["fold"], scores)
     return table
 
