@@ -8,9 +8,19 @@ store.rows(["2007_000033"], [0])          # (1, grid, grid, channels)
 """
 
 from feature_store.cache import CacheSettings
-from feature_store.errors import StoreError, StoreFault
+from feature_store.errors import DamagedFile, StoreError, StoreFault
 from feature_store.reader import FeatureStore
 from feature_store.schema import Fingerprint, Row
 from feature_store.writer import ShardWriter, create
 
-__all__ = ["CacheSettings", "FeatureStore", "Fingerprint", "Row", "ShardWriter", "StoreError", "StoreFault", "create"]
+__all__ = [
+    "CacheSettings",
+    "DamagedFile",
+    "FeatureStore",
+    "Fingerprint",
+    "Row",
+    "ShardWriter",
+    "StoreError",
+    "StoreFault",
+    "create",
+]

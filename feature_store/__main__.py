@@ -1,4 +1,4 @@
-"""Look at feature stores, check them, mend them, move them.
+"""Inspect, verify, repair and copy feature stores.
 
     python -m feature_store ls outputs/stores
     python -m feature_store stats outputs/stores/pascal-5i/late@400
@@ -48,14 +48,18 @@ def stats(url: Url) -> dict[str, Any]:
 
 def verify(url: Url) -> dict[str, Any]:
     """Check every byte against its checksums: seal, manifest, markers, shards. Exits with 1 if anything is damaged."""
-    summary, found = tools.verify(url)
-    for damage in found:
+    summary, damages = tools.verify(url)
+    for damage in damages:
         print(damage.message)
-    return {**summary, "damaged": len(found), "shards_damaged": sorted({d.shard for d in found if d.shard is not None})}
+    return {
+        **summary,
+        "damaged": len(damages),
+        "shards_damaged": sorted({d.shard for d in damages if d.shard is not None}),
+    }
 
 
 def repair(url: Url, quarantined: bool = False) -> dict[str, Any]:
-    """Mark damaged shards as missing, so that the store's extraction computes them, and only them, anew.
+    """Mark damaged shards as missing, so that a rerun of the store's extraction computes them, and only them.
 
     Args:
         url: The store.
@@ -65,7 +69,7 @@ def repair(url: Url, quarantined: bool = False) -> dict[str, Any]:
 
 
 def copy(source: Url, destination: Url) -> dict[str, Any]:
-    """Copy a sealed store to another path or URL, checked; run again after a stop, it goes on."""
+    """Copy a sealed store to another path or URL, checked; rerun to resume."""
     return tools.copy(source, destination)
 
 

@@ -1,4 +1,4 @@
-"""Memory for results that is used again once nobody refers to what was in it.
+"""Memory for results, reused once nobody refers to what was in it.
 
 Fresh memory costs a page fault for every 4 KB, which for batches of features takes longer than reading them.
 """

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feature_store.errors import StoreError
-from feature_store.files import Bytes
+from feature_store.storage import Bytes
 
 SUFFIX = ".samples"
 
@@ -32,7 +32,7 @@ class CacheSettings:
 
 
 class SampleCache:
-    """The cached samples of one store. A store that was made anew has a new `seal`, so old samples never return.
+    """The cached samples of one store. A store that was written again has a new `seal`, so old samples never return.
 
     Nothing in the folder is touched but what bears the cache's own names. Raises StoreError if it cannot be written;
     later faults of the disk only make the cache idle.
@@ -109,7 +109,7 @@ class SampleCache:
             partial.unlink(missing_ok=True)
 
     def drop(self, row: int) -> None:
-        """Forget a damaged sample."""
+        """Remove a damaged sample."""
         try:
             size = (self.folder / str(row)).stat().st_size
             (self.folder / str(row)).unlink()

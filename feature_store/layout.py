@@ -47,9 +47,9 @@ def shard_key(shard: int) -> str:
     return f"c/{shard}/0/0/0"
 
 
-def marker_key(shard: int, making: str) -> str:
-    """The file that says a shard is done, by what it was made."""
-    return f"markers/{shard:06d}.{making}.json"
+def marker_key(shard: int, build: str) -> str:
+    """The file that says a shard is done, by its build id."""
+    return f"markers/{shard:06d}.{build}.json"
 
 
 def shard_parts(samples: Sequence[memoryview]) -> list[bytes | memoryview]:

@@ -1,7 +1,7 @@
 """One job to a store: the second one is told who works there.
 
 On file systems and S3 it is exclusive, elsewhere as far as the driver goes. Should two jobs meet all the same, readers
-hold every sample against the manifest's checksum.
+check every sample against the manifest's checksum.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 from feature_store import layout
 from feature_store.errors import StoreError
-from feature_store.files import Folder
+from feature_store.storage import Folder
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0

@@ -4,15 +4,16 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from feature_store import layout
-from feature_store.errors import StoreError
-from feature_store.files import Bytes, Folder, redacted
+from feature_store.errors import DamagedFile
 from feature_store.schema import Row, text
+from feature_store.storage import Bytes, Folder
+from feature_store.urls import redacted
+
+if TYPE_CHECKING:  # pyarrow loads only where a table is read or written
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def plan_bytes(rows: Sequence[Row]) -> bytes:
 
 def manifest_bytes(rows: Sequence[Row], markers: Sequence[Marker]) -> bytes:
     """The manifest: the plan, and for each row size, crc32c and reason of quarantine (null: none), from the markers."""
+    import pyarrow as pa
+
     table = _plan_table(rows)
     for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("checksum", pa.uint32())):
         table = table.append_column(name, pa.array([v for m in markers for v in getattr(m, name)], kind))
@@ -40,12 +43,15 @@ def manifest_bytes(rows: Sequence[Row], markers: Sequence[Marker]) -> bytes:
     return _parquet(table.append_column("quarantine", pa.array(reasons, pa.string())))
 
 
-def read_table(data: Bytes) -> pa.Table:
+def read_table(data: Bytes) -> "pa.Table":
     """A plan or a manifest."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
 
 
-def rows_of(table: pa.Table) -> list[Row]:
+def rows_of(table: "pa.Table") -> list[Row]:
     """The rows of a plan or manifest."""
     columns = (table["sample_id"].to_pylist(), table["view"].to_pylist(), table["source"].to_pylist())
     return [Row(*values) for values in zip(*columns, strict=True)]
@@ -85,7 +91,7 @@ def seal_bytes(files: dict[str, Bytes]) -> bytes:
 
 
 def read_sealed(folder: Folder, names: Sequence[str]) -> dict[str, Bytes]:
-    """The seal and files that it vouches for. Raises FileNotFoundError without a seal, StoreError on damage."""
+    """The seal and files that it vouches for. Raises FileNotFoundError without a seal, DamagedFile on damage."""
     raw = bytes(folder.read(layout.SEAL))
     try:
         record: dict[str, Any] = json.loads(raw)
@@ -94,24 +100,21 @@ def read_sealed(folder: Folder, names: Sequence[str]) -> dict[str, Bytes]:
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise StoreError(damaged(folder.url, layout.SEAL))
-    found: dict[str, Bytes] = {layout.SEAL: raw}
+        raise DamagedFile(folder.url, layout.SEAL)
+    contents: dict[str, Bytes] = {layout.SEAL: raw}
     for name in names:
         try:
-            found[name] = folder.read(name)
+            contents[name] = folder.read(name)
         except FileNotFoundError:
-            raise StoreError(damaged(folder.url, name)) from None
-        if layout.crc32c(found[name]) != vouched[name]:
-            raise StoreError(damaged(folder.url, name))
-    return found
+            raise DamagedFile(folder.url, name) from None
+        if layout.crc32c(contents[name]) != vouched[name]:
+            raise DamagedFile(folder.url, name)
+    return contents
 
 
-def damaged(url: str, name: str) -> str:
-    """The message for a file that is not what it was."""
-    return f"{url}/{name}: the file is damaged or gone; run `python -m feature_store repair {url}`, then the extraction"
+def _plan_table(rows: Sequence[Row]) -> "pa.Table":
+    import pyarrow as pa
 
-
-def _plan_table(rows: Sequence[Row]) -> pa.Table:
     return pa.table(
         {
             "sample_id": pa.array([text(r.sample_id) for r in rows], pa.string()),
@@ -125,7 +128,9 @@ def _json(record: Any) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _parquet(table: pa.Table) -> bytes:
+def _parquet(table: "pa.Table") -> bytes:
+    import pyarrow.parquet as pq
+
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()

@@ -1,10 +1,9 @@
 """Read samples of a sealed store at the speed of the disk or network: neighbours at once, checked, in parallel."""
 
-import mmap
 import os
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,13 @@ import numpy as np
 from feature_store import layout, manifest, packing
 from feature_store.buffers import Buffers
 from feature_store.cache import CacheSettings, SampleCache
-from feature_store.errors import StoreError, StoreFault
-from feature_store.files import Bytes, ObjectFolder, absolute, local_path, open_folder, place
+from feature_store.errors import StoreError
 from feature_store.schema import Fingerprint
+from feature_store.storage import Bytes, open_folder
+from feature_store.urls import absolute
 from feature_store.writer import read_array
 
-LOCAL_THREADS, REMOTE_THREADS = 4, 16
 RUN_BYTES = 8 << 20  # the longest range asked for at once, so that a long read is spread over the threads
-MAPS_KEPT = FILES_KEPT = 256
 
 
 class FeatureStore:
@@ -29,8 +27,8 @@ class FeatureStore:
     sides. So does a store that is absent, damaged or not sealed. `verify` checks each sample's crc32c as it is read.
     `cache` keeps samples of a remote store on a local disk.
 
-    An opened store pickles as its arguments and opens anew on arrival. After a fork a local store goes on working; a
-    remote one raises StoreError, as its connections cannot be carried over.
+    An opened store pickles as its arguments and reopens on arrival, where it must be what it was here. After a fork a
+    local store still works; a remote one raises StoreError, as its connections cannot be carried over.
     """
 
     def __init__(
@@ -60,17 +58,13 @@ class FeatureStore:
         self.sample_bytes = int(np.prod(self.stored_shape)) * self.stored_dtype.itemsize
         self._row = {(sample.sample_id, sample.view): i for i, sample in enumerate(self.samples)}
         self._index: dict[int, list[list[int]]] = {}
-        self._files: dict[int, int] = {}
-        self._maps: dict[int, mmap.mmap] = {}
         self._full = False
-        self._path = local_path(self.url)
-        self._threads = REMOTE_THREADS if self._path is None else LOCAL_THREADS
         self._buffers = Buffers()
         self._start_pool()
-        self._cache = SampleCache(cache, self.url, seal) if cache is not None and self._path is None else None
+        self._cache = SampleCache(cache, self.url, seal) if cache is not None and self.folder.remote else None
 
     def __reduce__(self):
-        return FeatureStore, (self.url, self.expect, self.verify, self.cache_settings)
+        return FeatureStore, (self.url, asdict(self.fingerprint), self.verify, self.cache_settings)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -138,32 +132,20 @@ class FeatureStore:
 
         A file that is cut short afterwards, while the view is in use, ends the process: so it is with mapped files.
         """
-        if self._path is None or self.dtype != self.stored_dtype:
-            raise StoreError(f"{self.url}: only local stores of float features can be mapped; use read()")
+        if self.dtype != self.stored_dtype:
+            raise StoreError(f"{self.url}: only stores of float features can be mapped; use read()")
         if not 0 <= row < len(self):
             raise StoreError(f"{self.url}: no row {row}; the store has {len(self)}")
         shard = row // layout.ROWS_PER_SHARD
         offset, _ = self._span(row)
-        mapped = memoryview(self._map(shard))
+        try:
+            mapped = self.folder.map(layout.shard_key(shard))
+        except FileNotFoundError:
+            raise self._missing(shard) from None
         end = offset + self.sample_bytes
         if not self._right(row, mapped[offset:end], mapped[end : end + layout.CRC_BYTES]):
             raise self._damaged(row)
         return np.frombuffer(mapped, self.dtype, int(np.prod(self.shape)), offset).reshape(self.shape)
-
-    def _map(self, shard: int) -> mmap.mmap:
-        """A shard's file, mapped; it stays so while a view of it lives, even if it is forgotten here."""
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            assert self._path is not None
-            with place(self.url, layout.shard_key(shard)):
-                try:
-                    with open(os.path.join(self._path, layout.shard_key(shard)), "rb") as file:
-                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except FileNotFoundError:
-                    raise self._missing(shard) from None
-            if len(self._maps) < MAPS_KEPT:
-                self._maps[shard] = mapped
-        return mapped
 
     def warm(self, shard: int) -> int:
         """Bring a whole shard into the cache by one request. Returns the samples that were taken in."""
@@ -191,29 +173,29 @@ class FeatureStore:
     def _open(self) -> tuple[bytes, dict[str, Any], Any]:
         """Seal, array's record and manifest's table, each checked."""
         try:
-            files = manifest.read_sealed(self.folder, (layout.ARRAY, layout.MANIFEST))
+            contents = manifest.read_sealed(self.folder, (layout.ARRAY, layout.MANIFEST))
         except FileNotFoundError:
             try:
                 self._expected(read_array(self.url, self.folder.read(layout.ARRAY)))
             except FileNotFoundError:
                 raise StoreError(f"{self.url}: expected a feature store, found none; extract it first") from None
-            raise StoreError(f"{self.url}: the store is not sealed; run its extraction again to finish it") from None
-        array, table = read_array(self.url, files[layout.ARRAY]), manifest.read_table(files[layout.MANIFEST])
-        return bytes(files[layout.SEAL]), array, table
+            raise StoreError(f"{self.url}: the store is not sealed; rerun its extraction to finish it") from None
+        array, table = read_array(self.url, contents[layout.ARRAY]), manifest.read_table(contents[layout.MANIFEST])
+        return bytes(contents[layout.SEAL]), array, table
 
     def _expected(self, array: dict[str, Any]) -> Fingerprint:
         """The fingerprint. Raises StoreError if it is not as expected."""
-        fingerprint = Fingerprint.of_record(array["attributes"])
+        fingerprint = Fingerprint.of_record(array["attributes"]["fingerprint"])
         differing = fingerprint.differences(self.expect)
         if differing:
             raise StoreError(
-                f"{self.url}: the store was made otherwise ({'; '.join(differing)}); extract it anew elsewhere"
+                f"{self.url}: fingerprint mismatch ({'; '.join(differing)}); extract it again under another --store"
             )
         return fingerprint
 
     def _start_pool(self) -> None:
         self._pid = os.getpid()
-        self._pool = ThreadPoolExecutor(self._threads)
+        self._pool = ThreadPoolExecutor(self.folder.threads)
 
     def _workers(self) -> ThreadPoolExecutor:
         """The threads; those of a forked process stayed behind, so it starts its own."""
@@ -244,12 +226,10 @@ class FeatureStore:
         else:
             stored = list(self._buffers.empty((len(rows), *self.stored_shape), self.stored_dtype))
         buffers = [memoryview(sample.reshape(-1).view(np.uint8).data) for sample in stored]
-        if self._path is not None:
-            self._fill_local(rows, buffers)
-        elif self._cache is not None:
+        if self._cache is not None:
             self._fill_cached(rows[0], buffers[0])
         else:
-            self._fill_remote(rows, buffers)
+            self._fill(rows, buffers)
         for target, sample in zip(targets, stored, strict=True):
             if target is sample:
                 continue
@@ -258,56 +238,30 @@ class FeatureStore:
             else:
                 packing.unpack(sample, target)
 
-    def _fill_local(self, rows: list[int], buffers: list[memoryview]) -> None:
-        """One call of the system for all neighbours, each into its own memory."""
+    def _fill(self, rows: list[int], buffers: list[memoryview]) -> None:
+        """Neighbouring rows by one request, each straight into its memory, and checked. A sample whose crc32c is wrong
+        is asked for once more if it came over a wire, which may be at fault."""
+        wrong = self._request(rows, buffers)
+        if wrong and self.folder.remote:
+            wrong = [i for i in wrong if self._request([rows[i]], [buffers[i]])]
+        if wrong:
+            raise self._damaged(rows[wrong[0]])
+
+    def _request(self, rows: list[int], buffers: list[memoryview]) -> list[int]:
+        """Read neighbouring rows; positions of those that came short or wrong."""
         shard = rows[0] // layout.ROWS_PER_SHARD
-        file = self._files.get(shard)
-        if file is None:
-            file = self._open_shard(shard)
         crcs = [memoryview(bytearray(layout.CRC_BYTES)) for _ in rows]
         inside = [part for pair in zip(buffers, crcs, strict=True) for part in pair]
         try:
-            got = os.preadv(file, inside, self._span(rows[0])[0])
-        except OSError as error:
-            raise self._failed(shard, error) from None
-        finally:
-            if self._files.get(shard) != file:
-                os.close(file)
-        for row, buffer, crc in zip(rows, buffers, crcs, strict=True):
-            got -= self.sample_bytes + layout.CRC_BYTES
-            if got < 0 or not self._right(row, buffer, crc):
-                raise self._damaged(row)
-
-    def _open_shard(self, shard: int) -> int:
-        """A shard's file, kept open if few are."""
-        assert self._path is not None
-        try:
-            file = os.open(os.path.join(self._path, layout.shard_key(shard)), os.O_RDONLY | os.O_CLOEXEC)
+            got = self.folder.read_into(layout.shard_key(shard), self._span(rows[0])[0], inside)
         except FileNotFoundError:
             raise self._missing(shard) from None
-        except OSError as error:
-            raise self._failed(shard, error) from None
-        if len(self._files) < FILES_KEPT and self._files.setdefault(shard, file) == file:
-            weakref.finalize(self, os.close, file)
-        return file
-
-    def _fill_remote(self, rows: list[int], buffers: list[memoryview]) -> None:
-        """One request; a sample whose crc32c is wrong is asked for once more, as the wire may be at fault."""
-        spans = [self._span(row) for row in rows]
-        start = spans[0][0]
-        if isinstance(self.folder, ObjectFolder):
-            crcs = [memoryview(bytearray(layout.CRC_BYTES)) for _ in rows]
-            inside = [part for pair in zip(buffers, crcs, strict=True) for part in pair]
-            if self.folder.span_into(layout.shard_key(rows[0] // layout.ROWS_PER_SHARD), start, inside) and all(
-                map(self._right, rows, buffers, crcs)
-            ):
-                return
-        chunk = memoryview(self._bytes(rows[0], start, sum(length for _, length in spans)))
-        for row, buffer, (offset, length) in zip(rows, buffers, spans, strict=True):
-            part = chunk[offset - start : offset - start + length]
-            if not self._copy(row, part, buffer):
-                if not self._copy(row, memoryview(self._bytes(row, offset, length)), buffer):
-                    raise self._damaged(row)
+        whole = got // (self.sample_bytes + layout.CRC_BYTES)
+        return [
+            i
+            for i, (row, buffer, crc) in enumerate(zip(rows, buffers, crcs, strict=True))
+            if i >= whole or not self._right(row, buffer, crc)
+        ]
 
     def _fill_cached(self, row: int, buffer: memoryview) -> None:
         """From the cache, else from the store into both."""
@@ -315,16 +269,8 @@ class FeatureStore:
         if self._cache.read_into(row, buffer) and self._right(row, buffer):
             return
         self._cache.drop(row)
-        self._fill_remote([row], [buffer])
+        self._fill([row], [buffer])
         self._cache.put(row, buffer)
-
-    def _copy(self, row: int, chunk: memoryview, buffer: memoryview) -> bool:
-        """Copy a sample that is followed by its crc32c; whether it is whole and right."""
-        if len(chunk) != len(buffer) + layout.CRC_BYTES:
-            return False
-        # NumPy, as it lets other threads run meanwhile.
-        np.copyto(np.frombuffer(buffer, np.uint8), np.frombuffer(chunk[: len(buffer)], np.uint8))
-        return self._right(row, buffer, chunk[len(buffer) :])
 
     def _right(self, row: int, sample: memoryview, crc: memoryview | None = None) -> bool:
         """Whether a sample, and Zarr's checksum behind it, are what the manifest lists; true if nothing is checked."""
@@ -345,7 +291,7 @@ class FeatureStore:
     def _shard_index(self, shard: int) -> list[list[int]]:
         """A shard's index, from memory once it has been read."""
         if shard not in self._index:
-            for _ in range(1 if self._path is not None else 2):  # the wire may be at fault
+            for _ in range(2 if self.folder.remote else 1):  # the wire may be at fault
                 raw = self._bytes(shard * layout.ROWS_PER_SHARD, -layout.INDEX_BYTES, layout.INDEX_BYTES)
                 index = layout.read_index(raw)
                 if index is not None:
@@ -363,9 +309,6 @@ class FeatureStore:
         except FileNotFoundError:
             raise self._missing(shard) from None
 
-    def _failed(self, shard: int, error: OSError) -> StoreFault:
-        return StoreFault(f"{self.url}: shard {shard} cannot be read ({error}); see to it and run the command again")
-
     def _missing(self, shard: int) -> StoreError:
         return StoreError(f"{self.url}: shard {shard} is missing; {self._cure()}")
 
@@ -377,4 +320,4 @@ class FeatureStore:
         )
 
     def _cure(self) -> str:
-        return f"the store is damaged: run `python -m feature_store repair {self.url}`, then its extraction"
+        return f"the store is damaged: run `python -m feature_store repair {self.url}`, then rerun its extraction"

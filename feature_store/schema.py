@@ -5,9 +5,16 @@ import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+COMMANDS = {
+    "teacher": "extract_teacher",
+    "early": "extract_features",
+    "late": "extract_features",
+    "embedding": "bake_embeddings",
+}
+"""Which command fills the store of a feature, for the cure that an error names."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +24,13 @@ class Fingerprint:
     feature: str
     """teacher, early, late or embedding."""
     model: str
+    """The network's name, part of the store's place."""
     weights: str
-    """Digest of the weights, not their file's name."""
-    layers: str
-    """Which layers, and whether their norm is applied."""
+    """Digest of the weights."""
+    layer: str
+    """Which layer of the network: block2, neck, stride8 ..."""
+    norm: str
+    """What is applied behind the layer: none, final (the network's own last norm), l2 or channel."""
     res_px: int
     grid: int
     channels: int
@@ -31,23 +41,31 @@ class Fingerprint:
     """Of the forward pass."""
     dtype: str = "float16"
     """As stored: float16, float32, or int8 (packed, see packing.py)."""
+    made_from: Optional["Fingerprint"] = None
+    """Of the store that this one was computed from; None if from photographs."""
     format_version: int = FORMAT_VERSION
 
     def record(self) -> dict[str, Any]:
-        """JSON for the store: the fingerprint, and library versions as mere information."""
+        """JSON for the store: the fingerprint, and library versions for information only."""
         libraries = ("torch", "timm", "numpy", "zarr", "pillow")
         return {"fingerprint": asdict(self), "versions": {name: _version(name) for name in libraries}}
 
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> "Fingerprint":
-        """The fingerprint in a store's record; fields that a later format added are left out."""
+        """The fingerprint of a dict of its fields; those that a later release added are left out."""
         known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in record["fingerprint"].items() if k in known})
+        given = {key: value for key, value in record.items() if key in known}
+        if given.get("made_from") is not None:
+            given["made_from"] = cls.of_record(given["made_from"])
+        return cls(**given)
 
     def differences(self, expected: dict[str, Any]) -> list[str]:
         """One `field: expected X, got Y` for each field that differs from what is expected."""
-        own = asdict(self)
-        return [f"{key}: expected {value}, got {own[key]}" for key, value in expected.items() if own[key] != value]
+        return differences(asdict(self), expected)
+
+    def digest(self) -> str:
+        """Sixteen hex digits that two fingerprints share exactly if they are equal."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Row(NamedTuple):
@@ -58,10 +76,22 @@ class Row(NamedTuple):
     source: str
 
 
-def making(fingerprint: Fingerprint, rows: Sequence[Row]) -> str:
-    """Eight hex digits of a fingerprint and its rows: markers carry them, so those of another making never count."""
+def build_id(fingerprint: Fingerprint, rows: Sequence[Row]) -> str:
+    """Eight hex digits of a fingerprint and its rows: markers carry them, so those of another build never count."""
     record = json.dumps([asdict(fingerprint), [(text(row.sample_id), row.view) for row in rows]], sort_keys=True)
     return hashlib.sha256(record.encode()).hexdigest()[:8]
+
+
+def differences(own: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:
+    """One `field: expected X, got Y` for each leaf of `expected` that `own` differs from."""
+    differing = []
+    for key, value in expected.items():
+        got = own.get(key)
+        if isinstance(value, dict) and isinstance(got, dict):
+            differing += differences(got, value, f"{prefix}{key}.")
+        elif got != value:
+            differing.append(f"{prefix}{key}: expected {value}, got {got}")
+    return differing
 
 
 def text(name: str) -> str:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from feature_store import files, layout, lock, manifest
-from feature_store.errors import StoreError, StoreFault
+from feature_store import layout, lock, manifest, urls
+from feature_store.errors import DamagedFile, OtherFormat, StoreError, StoreFault
 from feature_store.reader import FeatureStore
+from feature_store.storage import open_folder
 from feature_store.writer import IO_THREADS, ShardWriter, create
 
 PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")
@@ -33,15 +34,15 @@ class Damage(NamedTuple):
 
 def find(root: str) -> Iterator[str]:
     """URLs of the stores below a path or URL."""
-    root = files.absolute(root)
-    fs, path = files.filesystem(root)
-    local = files.local_path(root) is not None
+    root = urls.absolute(root)
+    fs, path = urls.filesystem(root)
+    local = urls.local_path(root) is not None
     try:
         names = sorted(fs.glob(f"{glob.escape(path.rstrip('/'))}/**/{layout.ARRAY}"))
     except Exception as error:  # drivers have errors of their own
         raise StoreFault(f"{root}: cannot be listed ({type(error).__name__}: {error})") from None
-    for found in names:
-        folder = found.removesuffix(f"/{layout.ARRAY}")
+    for name in names:
+        folder = name.removesuffix(f"/{layout.ARRAY}")
         yield folder if local else fs.unstrip_protocol(folder)
 
 
@@ -96,8 +97,8 @@ def statistics(url: str) -> dict[str, Any]:
 
 def verify(url: str) -> tuple[dict[str, Any], list[Damage]]:
     """Every byte of a store against every checksum there is for it: seal, plan, manifest, markers, shards."""
-    folder = files.open_folder(url)
-    found: list[Damage] = []
+    folder = open_folder(url)
+    damages: list[Damage] = []
     there = folder.names("")
     if not {layout.ARRAY, layout.PLAN, layout.SEAL, layout.MANIFEST} & set(there):
         raise StoreError(f"{folder.url}: expected a feature store, found none; extract it first")
@@ -107,25 +108,29 @@ def verify(url: str) -> tuple[dict[str, Any], list[Damage]]:
             try:
                 data = manifest.read_sealed(folder, [name])[name]
                 table = manifest.read_table(data) if name == layout.MANIFEST else table
-            except StoreError as error:
-                file = layout.SEAL if f"/{layout.SEAL}:" in str(error) else name
-                if file not in [damage.file for damage in found]:
-                    found.append(Damage(file, None, str(error)))
+            except DamagedFile as error:
+                if error.file not in [damage.file for damage in damages]:
+                    damages.append(Damage(error.file, None, str(error)))
     nothing = {"url": folder.url, "sealed": layout.SEAL in there, "samples": 0, "shards": 0}
-    if any(damage.file in (layout.ARRAY, layout.PLAN) for damage in found):  # nothing can be said of the shards
-        return nothing, found
+    if any(damage.file in (layout.ARRAY, layout.PLAN) for damage in damages):  # nothing can be said of the shards
+        return nothing, damages
     try:
+        for name in (layout.ARRAY, layout.PLAN):
+            if name not in there:
+                raise DamagedFile(folder.url, name)
         writer = ShardWriter(url)
+    except OtherFormat:
+        raise
     except StoreError as error:
-        file = layout.PLAN if layout.PLAN in str(error) or layout.PLAN not in there else layout.ARRAY
-        found.append(Damage(file, None, str(error)))
-        return nothing, found
+        file = error.file if isinstance(error, DamagedFile) else layout.ARRAY
+        damages.append(Damage(file, None, str(error)))
+        return nothing, damages
     checksums = table["checksum"].to_pylist() if table is not None else None
     missing = set(writer.missing())
     total = layout.num_shards(len(writer.rows))
     if layout.SEAL in there:
-        found += [
-            Damage(layout.marker_key(s, writer.making), s, f"{writer.url}: shard {s} has lost its marker")
+        damages += [
+            Damage(layout.marker_key(s, writer.build_id), s, f"{writer.url}: shard {s} has lost its marker")
             for s in sorted(missing)
         ]
     done = [shard for shard in range(total) if shard not in missing]
@@ -134,10 +139,10 @@ def verify(url: str) -> tuple[dict[str, Any], list[Damage]]:
         rows = layout.shard_rows(shard, len(writer.rows))
         return _check_shard(writer, shard, checksums[rows.start : rows.stop] if checksums else None)
 
-    for damages in _parallel(check, done, "shard"):
-        found += damages
+    for of_shard in _parallel(check, done, "shard"):
+        damages += of_shard
     summary = {"url": writer.url, "sealed": layout.SEAL in there, "samples": len(writer.rows), "shards": len(done)}
-    return summary, found
+    return summary, damages
 
 
 def _check_shard(writer: ShardWriter, shard: int, listed: Sequence[int] | None) -> list[Damage]:
@@ -148,9 +153,9 @@ def _check_shard(writer: ShardWriter, shard: int, listed: Sequence[int] | None) 
     except FileNotFoundError:
         marker = None
     if marker is None:
-        return [Damage(layout.marker_key(shard, writer.making), shard, f"{name} has a damaged marker")]
+        return [Damage(layout.marker_key(shard, writer.build_id), shard, f"{name} has a damaged marker")]
     if listed is not None and list(listed) != marker.checksum:
-        return [Damage(layout.marker_key(shard, writer.making), shard, f"{name}: marker and manifest differ")]
+        return [Damage(layout.marker_key(shard, writer.build_id), shard, f"{name}: marker and manifest differ")]
     try:
         raw = memoryview(writer.folder.read(key))
     except FileNotFoundError:
@@ -164,7 +169,7 @@ def _wrong(writer: ShardWriter, shard: int, raw: memoryview, checksums: Sequence
     index = layout.read_index(raw[-layout.INDEX_BYTES :])
     if index is None:
         return [f"{name} has a damaged index (truncated?)"]
-    used, found = layout.INDEX_BYTES, []
+    used, wrong = layout.INDEX_BYTES, []
     for slot, row in enumerate(layout.shard_rows(shard, len(writer.rows))):
         offset, length = (int(v) for v in index[slot])
         sample, crc = (
@@ -174,21 +179,21 @@ def _wrong(writer: ShardWriter, shard: int, raw: memoryview, checksums: Sequence
         used += length
         computed = layout.crc32c(sample)
         if computed != int.from_bytes(crc, "little") or computed != checksums[slot]:
-            found.append(f"{name}, sample {slot} ({writer.rows[row].sample_id}): its checksum is wrong")
-    if not found and used != len(raw):
-        found.append(f"{name}: expected {used} bytes, got {len(raw)}")
-    return found
+            wrong.append(f"{name}, sample {slot} ({writer.rows[row].sample_id}): its checksum is wrong")
+    if not wrong and used != len(raw):
+        wrong.append(f"{name}: expected {used} bytes, got {len(raw)}")
+    return wrong
 
 
 def repair(url: str, quarantined: bool = False) -> dict[str, Any]:
-    """Take damaged shards and small files out, so that the next extraction makes them anew; the rest stays.
+    """Take damaged shards and small files out, so that a rerun of the extraction writes them; the rest stays.
 
     `quarantined`: also shards with quarantined images, to try those again.
     """
-    folder = files.open_folder(url)
+    folder = open_folder(url)
     with lock.locked(folder):
-        summary, found = verify(url)
-        again = {damage.shard for damage in found if damage.shard is not None}
+        summary, damages = verify(url)
+        again = {damage.shard for damage in damages if damage.shard is not None}
         if quarantined and summary["shards"]:
             writer = ShardWriter(url)
             done = sorted(set(range(layout.num_shards(len(writer.rows)))) - set(writer.missing()))
@@ -196,24 +201,24 @@ def repair(url: str, quarantined: bool = False) -> dict[str, Any]:
         if again:
             writer = ShardWriter(url)
             for shard in sorted(again):
-                writer.forget(shard)
-        if again or found:  # after the markers: a kill in between leaves a seal whose lost markers `verify` finds
+                writer.invalidate(shard)
+        if again or damages:  # after the markers: a kill in between leaves a seal whose lost markers `verify` finds
             folder.delete(layout.SEAL)
             folder.delete(layout.MANIFEST)
-        for damage in found:
+        for damage in damages:
             if damage.file in (layout.ARRAY, layout.PLAN):
                 folder.delete(damage.file)
-    return {**summary, "damaged": len(found), "shards_to_compute": sorted(again)}
+    return {**summary, "damaged": len(damages), "shards_to_compute": sorted(again)}
 
 
 def copy(source: str, destination: str) -> dict[str, Any]:
-    """Copy a sealed store to another URL, shard by shard and checked; run again, it goes on where it was stopped.
+    """Copy a sealed store to another URL, shard by shard and checked; rerun to resume.
 
     A shard whose marker is already there, and is the source's, is not copied again.
     """
     store, reader = FeatureStore(source), ShardWriter(source)
     create(destination, store.fingerprint, reader.rows)
-    with lock.locked(files.open_folder(destination)) as held:
+    with lock.locked(open_folder(destination)) as held:
         writer = create(destination, store.fingerprint, reader.rows)
         total = range(layout.num_shards(len(reader.rows)))
         wanted, missing = reader.markers(total), set(writer.missing())
@@ -230,11 +235,11 @@ def copy(source: str, destination: str) -> dict[str, Any]:
             )
             if wrong or marker is None:
                 raise StoreError(f"{wrong[0]}; repair {source} first")
-            writer.forget(shard)
+            writer.invalidate(shard)
             writer.folder.write(layout.shard_key(shard), [raw])
             if layout.crc32c(memoryview(writer.folder.read(layout.shard_key(shard)))) != layout.crc32c(raw):
-                raise StoreError(f"{writer.url}: shard {shard} did not arrive as it was sent; run the copy again")
-            key = layout.marker_key(shard, writer.making)
+                raise StoreError(f"{writer.url}: shard {shard} did not arrive as it was sent; rerun the copy")
+            key = layout.marker_key(shard, writer.build_id)
             writer.folder.write(key, [manifest.marker_bytes(shard, marker)])
             return len(raw)
 
@@ -286,26 +291,26 @@ def difference(first: str, second: str) -> dict[str, Any]:
 def garbage(root: str, delete: bool = False, older_than_hours: float = 1) -> dict[str, Any]:
     """What killed jobs left below a path or URL, and its bytes; with `delete`, gone.
 
-    Partial files, locks of dead jobs, markers of another making, shards without a marker in unsealed stores, and on S3
+    Partial files, locks of dead jobs, markers of another build, shards without a marker in unsealed stores, and on S3
     dangling multipart uploads (of other tools: stores make none). A store on which a job works is left alone, and so
     is what is younger than `older_than_hours`, as it may be the work of an actor whose driver has died.
     """
-    root = files.absolute(root)
-    fs, path = files.filesystem(root)
+    root = urls.absolute(root)
+    fs, path = urls.filesystem(root)
     busy: list[str] = []
     leftovers: dict[str, int] = {}
     old = time.time() - 3600 * older_than_hours
     for url in find(root):
-        folder = files.open_folder(url)
+        folder = open_folder(url)
         try:
             with lock.locked(folder):
-                found = _leftovers(fs, url, files.local_path(url) or fs._strip_protocol(url), old)
-                for name in found if delete else ():
+                stale = _leftovers(fs, url, urls.local_path(url) or fs._strip_protocol(url), old)
+                for name in stale if delete else ():
                     fs.rm_file(name)
         except StoreError as error:
             busy.append(str(error))
             continue
-        leftovers |= found
+        leftovers |= stale
     uploads = _dangling_uploads(fs, path) if "s3" in fs.protocol else []
     for bucket, key, upload in uploads if delete else ():
         fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
@@ -324,10 +329,10 @@ def _leftovers(fs: Any, url: str, place: str, old: float) -> dict[str, int]:
     writer = ShardWriter(url)
     shards = range(layout.num_shards(len(writer.rows)))
     missing = set(writer.missing())
-    valid = {layout.marker_key(shard, writer.making) for shard in shards}
+    valid = {layout.marker_key(shard, writer.build_id) for shard in shards}
     kept = {layout.shard_key(shard) for shard in shards if shard not in missing or writer.sealed()}
     fs.invalidate_cache()
-    found = {}
+    stale = {}
     for name, entry in fs.find(place, detail=True).items():
         key = name.removeprefix(f"{place}/")
         garbage = (
@@ -336,8 +341,8 @@ def _leftovers(fs: Any, url: str, place: str, old: float) -> dict[str, int]:
             or (key.startswith("c/") and key not in kept)
         )
         if garbage and _modified(entry) < old:
-            found[name] = entry["size"]
-    return found
+            stale[name] = entry["size"]
+    return stale
 
 
 def _modified(entry: dict[str, Any]) -> float:

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from feature_store import layout, manifest, packing
-from feature_store.errors import StoreError
-from feature_store.files import absolute, open_folder
-from feature_store.schema import Fingerprint, Row, making, text
+from feature_store.errors import DamagedFile, OtherFormat, StoreError
+from feature_store.schema import COMMANDS, Fingerprint, Row, build_id, text
+from feature_store.storage import open_folder
+from feature_store.urls import absolute
 
 IO_THREADS = 16
 
 
 def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWriter":
-    """Create the store, or open the one that an earlier run left there if it is of the same making.
+    """Create the store, or open the one that an earlier run left there if it is the same build.
 
     Raises StoreError if a store of another fingerprint or of other rows is in the way, or the URL is of no known kind.
     """
@@ -32,13 +33,15 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWri
     folder = open_folder(url)
     there = set(folder.names(""))
     if layout.ARRAY in there:
-        made_of = Fingerprint.of_record(read_array(url, folder.read(layout.ARRAY))["attributes"])
-        differing = made_of.differences(fingerprint.record()["fingerprint"])
+        existing = Fingerprint.of_record(read_array(url, folder.read(layout.ARRAY))["attributes"]["fingerprint"])
+        differing = existing.differences(fingerprint.record()["fingerprint"])
         if differing:
             raise StoreError(f"{url}: another store is in the way ({'; '.join(differing)}); choose another --store")
     if layout.PLAN in there:
         planned = _read_plan(url, folder.read(layout.PLAN))
-        if making(fingerprint, rows) != making(fingerprint, planned):  # sources may differ: the data lie elsewhere now
+        if build_id(fingerprint, rows) != build_id(
+            fingerprint, planned
+        ):  # sources may differ: the data lie elsewhere now
             raise StoreError(
                 f"{url}: a store of other images is in the way (expected {len(rows)} rows, got {len(planned)}, "
                 "or in another order); choose another --store"
@@ -49,10 +52,10 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWri
     if layout.ARRAY not in there:  # after the plan: its presence means "created"
         folder.write(layout.ARRAY, [array])
     elif _without_versions(folder.read(layout.ARRAY)) != _without_versions(array):
-        raise StoreError(manifest.damaged(url, layout.ARRAY))
+        raise DamagedFile(url, layout.ARRAY)
     writer = ShardWriter(url)
-    if writer.making != making(fingerprint, rows):
-        raise StoreError(f"{url}: another job made a store of its own there at this moment; run the command again")
+    if writer.build_id != build_id(fingerprint, rows):
+        raise StoreError(f"{url}: another job made a store of its own there at this moment; rerun the command")
     return writer
 
 
@@ -71,9 +74,9 @@ class ShardWriter:
             raise StoreError(f"{self.url}: expected a feature store, found none; extract it first") from None
         record = read_array(self.url, array)
         self.shape: tuple[int, ...] = tuple(record["shape"])
-        self.fingerprint = Fingerprint.of_record(record["attributes"])
+        self.fingerprint = Fingerprint.of_record(record["attributes"]["fingerprint"])
         self.rows = _read_plan(self.url, plan)
-        self.making = making(self.fingerprint, self.rows)
+        self.build_id = build_id(self.fingerprint, self.rows)
 
     @property
     def nbytes(self) -> int:
@@ -81,25 +84,25 @@ class ShardWriter:
         return int(np.prod(self.shape)) * np.dtype(self.fingerprint.dtype).itemsize
 
     def missing(self) -> list[int]:
-        """Shards without a marker of this making: the work that is left."""
+        """Shards without a marker of this build: the work that is left."""
         done = set(self.folder.names("markers"))
         shards = range(layout.num_shards(len(self.rows)))
-        return [s for s in shards if layout.marker_key(s, self.making).removeprefix("markers/") not in done]
+        return [s for s in shards if layout.marker_key(s, self.build_id).removeprefix("markers/") not in done]
 
     def markers(self, shards: Sequence[int]) -> dict[int, manifest.Marker | None]:
         """Markers of shards; None for a damaged one. Raises FileNotFoundError for one that is not there."""
 
         def marker(shard: int) -> manifest.Marker | None:
-            found = manifest.read_marker(self.folder.read(layout.marker_key(shard, self.making)), shard)
+            read = manifest.read_marker(self.folder.read(layout.marker_key(shard, self.build_id)), shard)
             rows = len(layout.shard_rows(shard, len(self.rows)))
-            return found if found and len(found.width) == rows else None
+            return read if read and len(read.width) == rows else None
 
         with ThreadPoolExecutor(IO_THREADS) as pool:
             return dict(zip(shards, pool.map(marker, shards), strict=True))
 
-    def forget(self, shard: int) -> None:
-        """Make a shard missing again."""
-        self.folder.delete(layout.marker_key(shard, self.making))
+    def invalidate(self, shard: int) -> None:
+        """Mark a shard as missing, so that it is written again."""
+        self.folder.delete(layout.marker_key(shard, self.build_id))
 
     def write(
         self,
@@ -128,7 +131,7 @@ class ShardWriter:
             checksum=[layout.crc32c(sample) for sample in samples],
             quarantine=quarantine,
         )
-        self.folder.write(layout.marker_key(shard, self.making), [manifest.marker_bytes(shard, marker)])
+        self.folder.write(layout.marker_key(shard, self.build_id), [manifest.marker_bytes(shard, marker)])
         return stored.nbytes
 
     def _stored(self, row: int, sample: np.ndarray, quarantined: bool) -> np.ndarray:
@@ -171,12 +174,12 @@ class ShardWriter:
         total = layout.num_shards(len(self.rows))
         if missing:
             raise StoreError(
-                f"{self.url}: {len(missing)} of {total} shards missing (first: {missing[0]}); run the extraction again"
+                f"{self.url}: {len(missing)} of {total} shards missing (first: {missing[0]}); rerun the extraction"
             )
         markers = []
         for shard, marker in self.markers(range(total)).items():
             if marker is None:
-                raise StoreError(manifest.damaged(self.url, layout.marker_key(shard, self.making)))
+                raise DamagedFile(self.url, layout.marker_key(shard, self.build_id))
             markers.append(marker)
         if not self.sealed():
             table = manifest.manifest_bytes(self.rows, markers)
@@ -191,18 +194,19 @@ class ShardWriter:
 
 
 def read_array(url: str, data: Any) -> dict[str, Any]:
-    """The array's zarr.json. Raises StoreError if it is damaged or not of a feature store of this format."""
+    """The array's zarr.json. Raises DamagedFile if it is damaged, StoreError if it is none of ours."""
     try:
         record = json.loads(bytes(data))
-        made_of = record["attributes"]["fingerprint"]
+        fingerprint = record["attributes"]["fingerprint"]
     except ValueError:
-        raise StoreError(manifest.damaged(url, layout.ARRAY)) from None
+        raise DamagedFile(url, layout.ARRAY) from None
     except (KeyError, TypeError):
         raise StoreError(f"{url}: expected a feature store, got a Zarr array without a fingerprint") from None
-    if made_of.get("format_version") != Fingerprint.format_version:
-        raise StoreError(
-            f"{url}: expected a store of format {Fingerprint.format_version}, got {made_of.get('format_version')}; "
-            "extract it anew elsewhere"
+    if fingerprint.get("format_version") != Fingerprint.format_version:
+        command = COMMANDS.get(fingerprint.get("feature"), "extract_features")
+        raise OtherFormat(
+            f"{url}: expected a store of format {Fingerprint.format_version}, got {fingerprint.get('format_version')}; "
+            f"run `python -m pipelines.{command}` to write a new one, and remove this one"
         )
     return record
 
@@ -211,7 +215,7 @@ def _read_plan(url: str, data: Any) -> list[Row]:
     try:
         return manifest.rows_of(manifest.read_table(data))
     except (OSError, ValueError, KeyError) as error:  # what pyarrow makes of damaged Parquet
-        raise StoreError(f"{manifest.damaged(url, layout.PLAN)} ({str(error).splitlines()[0]})") from None
+        raise DamagedFile(url, layout.PLAN, str(error).splitlines()[0]) from None
 
 
 def _without_versions(data: Any) -> dict[str, Any]:

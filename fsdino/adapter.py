@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fsdino import checkpoint, paper
 from fsdino.errors import UserError
+from fsdino.state import state_digest
 
 
 class BottleneckAdapter(nn.Module):
@@ -42,9 +43,10 @@ class BottleneckAdapter(nn.Module):
         return self.widen(tokens.transpose(1, 2).unflatten(2, grid))
 
     def save(self, folder: str | Path, **origin: Any) -> None:
-        """Write `adapter.safetensors` and `adapter.json`: its channels, and `origin` (JSON on where it comes from)."""
+        """Write `adapter.safetensors` and `adapter.json`: channels, digest, and `origin` (JSON on where it is from)."""
         channels = {"in_channels": self.reduce.in_channels, "out_channels": self.widen.out_channels}
-        checkpoint.save(folder, "adapter", self.state_dict(), {"config": channels, **origin})
+        record = {"config": channels, "digest": state_digest(self), **origin}
+        checkpoint.save(folder, "adapter", self.state_dict(), record)
 
     @classmethod
     def load(cls, folder: str | Path) -> tuple["BottleneckAdapter", dict]:

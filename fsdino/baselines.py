@@ -15,7 +15,7 @@ def prototype_logits(
 ) -> Float[Tensor, "b 1 g g"]:
     """The method's own similarity map (PCS, Eq. 2), stretched to [0, 1] within the image, minus one half.
 
-    Minimum and maximum as in PFENet's prior mask: a fixed threshold on cosines fits no two classes alike.
+    Minimum and maximum as in PFENet's prior mask: no fixed threshold on cosines fits all classes.
     """
     support, weights = _one_map(late, masks)
     similarity = prototype_similarity(masked_mean(support, weights), query)
@@ -23,7 +23,7 @@ def prototype_logits(
     return (similarity - low) / (high - low).clamp_min(EPS) - 0.5
 
 
-def contrast_logits(
+def two_prototype_logits(
     late: Float[Tensor, "b k c g g"], masks: Float[Tensor, "b k h w"], query: Float[Tensor, "b c g g"]
 ) -> Float[Tensor, "b 1 g g"]:
     """Nearer to the foreground's prototype than to the background's (above 0), as in PANet."""

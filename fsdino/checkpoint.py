@@ -1,16 +1,16 @@
-"""Checkpoints: tensors as safetensors, everything else as JSON of a stated version beside them."""
+"""Checkpoints: tensors as safetensors, everything else as JSON of a stated version beside them, their hash included."""
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fsdino.errors import UserError
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:  # a record is read without torch
+    from torch import Tensor
+
+FORMAT_VERSION = 2
 
 
 def files(name: str) -> tuple[str, str]:
@@ -18,33 +18,64 @@ def files(name: str) -> tuple[str, str]:
     return f"{name}.safetensors", f"{name}.json"
 
 
-def save(folder: str | Path, name: str, state: dict[str, Tensor], record: dict[str, Any]) -> None:
+def save(folder: str | Path, name: str, state: "dict[str, Tensor]", record: dict[str, Any]) -> None:
     """Write both files; the JSON last, since it is what a reader looks for."""
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, description = files(name)
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / tensors)
-    text = json.dumps({"format_version": FORMAT_VERSION, **record}, indent=2, sort_keys=True)
+    record = {"format_version": FORMAT_VERSION, "sha256": _sha256(folder / tensors), **record}
+    text = json.dumps(record, indent=2, sort_keys=True)
     (folder / description).write_text(text + "\n")
 
 
-def read(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record.
+def read_record(folder: str | Path, name: str) -> dict[str, Any]:
+    """What a checkpoint says of itself.
 
     Raises UserError if the folder holds no such checkpoint, or one of another format version.
     """
-    tensors, description = (Path(folder) / file for file in files(name))
+    description = Path(folder) / files(name)[1]
     try:
         record = json.loads(description.read_text())
-        version = record.get("format_version") if isinstance(record, dict) else None
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{description}: expected format version {FORMAT_VERSION}, got {version}; "
-                "load it with the release that wrote it"
-            )
-        return load_file(tensors), record
     except (FileNotFoundError, NotADirectoryError):
-        missing = tensors if description.exists() else description
-        raise UserError(f"{folder}: expected a checkpoint with {missing.name}, found none; train it first") from None
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: expected a whole checkpoint, got a damaged one ({error}); write it again") from None
+        raise _absent(folder, description) from None
+    except ValueError as error:
+        raise _damaged(folder, error) from None
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{description}: expected format version {FORMAT_VERSION}, got {version}; train it again, or load it with "
+            "the release that wrote it"
+        )
+    return record
+
+
+def read(folder: str | Path, name: str) -> tuple["dict[str, Tensor]", dict[str, Any]]:
+    """Tensors and record. Raises UserError as `read_record`, or if the tensors are missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    record, tensors = read_record(folder, name), Path(folder) / files(name)[0]
+    try:
+        if _sha256(tensors) != record["sha256"]:
+            raise _damaged(folder, f"the SHA-256 of {tensors.name} is not the one that {files(name)[1]} states")
+        return load_file(tensors), record
+    except FileNotFoundError:
+        raise _absent(folder, tensors) from None
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise _damaged(folder, error) from None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _absent(folder: str | Path, file: Path) -> UserError:
+    return UserError(f"{folder}: expected a checkpoint with {file.name}, found none; train it first")
+
+
+def _damaged(folder: str | Path, error: Exception | str) -> UserError:
+    return UserError(f"{folder}: expected a whole checkpoint, got a damaged one ({error}); write it again")

@@ -5,6 +5,7 @@ The first convolution is linear over support positions, so with W its weight and
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +24,27 @@ class CorrelationPrior(nn.Module):
     convolution where they are channels (Eq. 5). The similarity map is added to every channel. 3,923,966 parameters
     at grid 37. The head convolves before each bilinear step, which costs a quarter of convolving after it.
 
-    The paper names neither activations, start, nor scale. With PyTorch's default start the prior of a fresh module
-    varies by 0.01 within an image, so the decoder sees nothing of the support and learns to do without it. Hence
-    ReLU and He's start, support weights of fixed total, and a similarity map of unit scale within its image.
+    The paper names no activations; ours are ReLU. `support_weights`, `similarity` and `start` are switches of
+    SegmenterConfig, as are `contrast`, which lets the support's background weigh against its foreground, and `small`
+    (`refine` there), which starts the logits at a tenth, as a correction to something rather than the whole.
 
     Support and query may come on any grid: other ones than the trained `grid` are resampled to it, the support's
     features before the correlation, the query's correlation after its first reduction.
-
-    `contrast` lets the support's background weigh against its foreground; without it only the masked support counts.
-    `small` starts the logits at a tenth, as a correction to something rather than the whole.
     """
 
     def __init__(
-        self, grid: int, channels: int = paper.CORRELATION_CHANNELS, contrast: bool = False, small: bool = False
+        self,
+        grid: int,
+        channels: int = paper.CORRELATION_CHANNELS,
+        contrast: bool = False,
+        small: bool = False,
+        support_weights: Literal["mask", "share"] = "mask",
+        similarity: Literal["cosine", "unit"] = "cosine",
+        start: Literal["pytorch", "he"] = "he",
     ):
         super().__init__()
         self.grid, self.contrast = grid, contrast
+        self.support_weights, self.similarity = support_weights, similarity
         self.reduced_grid = math.ceil(grid / 2)
         positions = self.reduced_grid**2
         wide, mid = paper.PRIOR_HEAD_WIDTHS
@@ -49,10 +55,11 @@ class CorrelationPrior(nn.Module):
         self.head = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in ((positions, wide), (wide, mid), (mid, 1)))
         for conv in (self.support_reduce, self.query_reduce, self.depthwise, self.pointwise, *self.head):
             assert isinstance(conv, nn.Conv2d)
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is self.head[-1] else "relu")
+            if start == "he":
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="linear" if conv is self.head[-1] else "relu")
+                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             if small and conv is self.head[-1]:
                 nn.init.normal_(conv.weight, std=0.1 / math.sqrt(9 * mid))
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     def kernel(self, late: Float[Tensor, "b c g g"], weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b k c"]:
         """`W F_s` of one support image each; the mean over shots is the kernel of the shots together."""
@@ -62,13 +69,16 @@ class CorrelationPrior(nn.Module):
         return torch.einsum("bkp,bcp->bkc", weight, late.flatten(2))
 
     def position_weights(self, weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b g g"]:
-        """Weights of the support positions: a total of g^2 / 4 whatever the object's size, less the background's."""
+        """How much each support position counts: as the mask says (Eq. 3), or, as shares, with a total of g^2 / 4
+        whatever the object's size. With `contrast`, less the same of the background."""
 
-        def share(x: Tensor) -> Tensor:
+        def scaled(x: Tensor) -> Tensor:
+            if self.support_weights == "mask":
+                return x
             return x / x.sum((-2, -1), keepdim=True).clamp_min(EPS)
 
-        shares = share(weights) - share(1 - weights) if self.contrast else share(weights)
-        return shares * self.grid**2 / 4
+        counted = scaled(weights) - scaled(1 - weights) if self.contrast else scaled(weights)
+        return counted if self.support_weights == "mask" else counted * self.grid**2 / 4
 
     def forward(
         self,
@@ -91,7 +101,9 @@ class CorrelationPrior(nn.Module):
         self, reduced: Float[Tensor, "b k g g"], similarity: Float[Tensor, "b 1 q q"]
     ) -> Float[Tensor, "b 1 m m"]:
         """Everything after the first convolution, with m = 4q; shared by the fused form and by its plain reference."""
-        evidence = to_unit_scale(similarity, centre=not self.contrast)
+        evidence = similarity
+        if self.similarity == "unit":
+            evidence = to_unit_scale(similarity, centre=not self.contrast)
         s1 = F.relu(self.query_reduce(reduced))  # b (support positions) h h
         h = self.reduced_grid
         s2 = s1.flatten(2).transpose(1, 2).unflatten(2, (h, h))  # b (query positions) h h, support axes spatial

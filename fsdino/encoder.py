@@ -1,20 +1,22 @@
 """Frozen image encoders behind one contract: an image in, `early` and `late` features on one grid out.
 
-A new timm backbone is one class here and one line in `build_encoder`.
+A new backbone is a line in specs.py, a line in `build_encoder`, and a class here if its forward is new.
 """
 
 import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from fsdino import paper
+from fsdino import paper, specs
 from fsdino.errors import UserError
-from fsdino.weights import efficientnet_lite_state, load_state, own_weights_only, state_digest
+from fsdino.state import efficientnet_lite_state, load_state
+from fsdino.weights import weights_digest, weights_file
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -33,16 +35,6 @@ class Encoder(Protocol):
     name: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    early_channels: int
-    late_channels: int
-    digest: str
-    """Hash of the weights: features of different weights never mix."""
-    layers: str
-    """Which layers and norms `early` and `late` are, for the store's fingerprint."""
-
-    def grid(self, res_px: int) -> int:
-        """Side of the feature grid for a square input; UserError if the encoder cannot take that side."""
-        ...
 
     def __call__(self, x: Float[Tensor, "b 3 r r"]) -> Features:
         """Features of a normalised batch."""
@@ -69,21 +61,9 @@ class _VitEncoder(nn.Module):
         super().__init__()
         self.vit = vit.eval().requires_grad_(False)
         self.name, self.early_norm, self.late_norm = name, early_norm, late_norm
-        self.early_channels: int = vit.embed_dim
-        self.late_channels: int = vit.embed_dim
         self.patch_px = vit.patch_embed.patch_size[0]
         self.late_index = len(vit.blocks) - 1
         self.early_index = min(paper.EARLY_LAYER - 1, self.late_index)
-        norms = ("+norm" if early_norm else "", "+norm" if late_norm else "")
-        self.layers = f"early=block{self.early_index}{norms[0]} late=block{self.late_index}{norms[1]}"
-        self.digest = state_digest(vit)
-
-    def grid(self, res_px: int) -> int:
-        """Patches along a side."""
-        if res_px % self.patch_px:
-            below = res_px - res_px % self.patch_px
-            raise UserError(f"--res {res_px}: {self.name} needs a multiple of {self.patch_px}; {below} is one")
-        return res_px // self.patch_px
 
 
 class DinoV2Encoder(_VitEncoder):
@@ -206,23 +186,13 @@ class EfficientNetLiteEncoder(nn.Module):
 
     mean = std = (0.5, 0.5, 0.5)
     net: Any
-    layers = "early=stride8 late=stride16,stride32, each L2-normalised"
 
     def __init__(self, model_name: str):
         super().__init__()
         self.name = model_name
         self.net = timm.create_model(model_name, pretrained=False, features_only=True)
-        channels = self.net.feature_info.channels()
         self.net.load_state_dict(efficientnet_lite_state(model_name, self.net))
         self.net.eval().requires_grad_(False)
-        self.early_channels, self.late_channels = channels[2], channels[3] + channels[4]
-        self.digest = state_digest(self.net)
-
-    def grid(self, res_px: int) -> int:
-        """Stride-16 positions along a side."""
-        if res_px % 16:
-            raise UserError(f"--res {res_px}: {self.name} needs a multiple of 16; {res_px - res_px % 16} is one")
-        return res_px // 16
 
     def forward(self, x: Float[Tensor, "b 3 r r"]) -> Features:
         """Features of a normalised batch."""
@@ -243,18 +213,6 @@ class EfficientNetLiteEncoder(nn.Module):
         return {f"stride {stride}": stage for stride, stage in zip(strides, self.net(x), strict=True)}
 
 
-DINOV2_TIMM = {
-    f"dinov2_vit{letter}14{reg}": f"vit_{size}_patch14_{'reg4_' if reg else ''}dinov2"
-    for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
-    for reg in ("", "_reg")
-}
-DINOV3_TIMM = {
-    f"dinov3_vit{letter}16": f"vit_{size}_patch16_dinov3"
-    for letter, size in {"s": "small", "b": "base", "l": "large"}.items()
-}
-LITE = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
-
-
 def build_encoder(
     name: str, weights: str | None = None, seed: int = 0, early_norm: bool = False, late_norm: bool = True
 ) -> Encoder:
@@ -264,25 +222,19 @@ def build_encoder(
     and `late_norm`: apply the ViT's final norm to the layer. `tiny_vit` is a four-block ViT of DINOv2's architecture
     with random weights from `seed`, for tests.
     """
-    if name in DINOV2_TIMM:
-        vit = timm.create_model(DINOV2_TIMM[name], pretrained=False, num_classes=0)
+    specs.encoder_spec(name, early_norm, late_norm)
+    if name in specs.DINOV2:
+        vit = timm.create_model(specs.DINOV2[name].timm, pretrained=False, num_classes=0)
         load_state(vit, name, weights, convert=_dinov2_to_timm)
         return DinoV2Encoder(vit, name, early_norm, late_norm)
-    if name in DINOV3_TIMM:  # its publisher hands it out only to those who sign, timm's copy is on the hub
-        vit = timm.create_model(DINOV3_TIMM[name], pretrained=False, num_classes=0, dynamic_img_size=True)
-        load_state(vit, name, weights or f"hf:timm/{DINOV3_TIMM[name]}.lvd1689m")
+    if name in specs.DINOV3:
+        vit = timm.create_model(specs.DINOV3[name].timm, pretrained=False, num_classes=0, dynamic_img_size=True)
+        load_state(vit, name, weights)
         return TimmVitEncoder(vit, name, early_norm, late_norm)
-    if name == "tiny_vit":
-        own_weights_only(name, weights)
-        return DinoV2Encoder(_tiny_vit(seed), name, early_norm, late_norm)
-    if name in LITE:
-        if early_norm or not late_norm:
-            raise UserError(f"--early-norm, --no-late-norm: {name} has no final norm to apply or to leave out")
-        own_weights_only(name, weights)
+    weights_file(name, weights)
+    if name in specs.LITE:
         return EfficientNetLiteEncoder(name)
-    raise UserError(
-        f"--encoder {name}: no such encoder; known are {', '.join([*DINOV2_TIMM, *DINOV3_TIMM, *LITE, 'tiny_vit'])}"
-    )
+    return DinoV2Encoder(_tiny_vit(seed), name, early_norm, late_norm)
 
 
 def encoder_of_checkpoint(record: dict[str, Any], weights: str | None = None) -> Encoder:
@@ -290,21 +242,25 @@ def encoder_of_checkpoint(record: dict[str, Any], weights: str | None = None) ->
 
     Raises UserError if the weights are others.
     """
-    if "encoder" not in record or "late" not in record:
+    if "backbone" not in record or "late" not in record:
         raise UserError("the checkpoint does not say which encoder it was trained on; take one of train_episodic")
-    made = record["encoder"]
-    encoder = build_encoder(
-        made["encoder"],
-        weights or made["encoder_weights"],
-        early_norm=made.get("early_norm", False),
-        late_norm=made.get("late_norm", True),
-    )
-    if encoder.digest != record["late"]["weights"]:
+    trained_on = record["backbone"]
+    name, weights = trained_on["encoder"], weights or trained_on["encoder_weights"]
+    digest = weights_digest(name, weights)
+    if digest != record["late"]["weights"]:
         raise UserError(
-            f"{encoder.name}: expected the weights {record['late']['weights']} that the checkpoint was trained on, "
-            f"got {encoder.digest}; name the right file with --encoder-weights"
+            f"{name}: expected the weights {record['late']['weights']} that the checkpoint was trained on, "
+            f"got {digest}; name the right file with --encoder-weights"
         )
-    return encoder
+    return build_encoder(name, weights, early_norm=trained_on["early_norm"], late_norm=trained_on["late_norm"])
+
+
+def to_input(
+    pixels: UInt8[np.ndarray, "b r r 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Tensor, "b 3 r r"]:
+    """Pixels 0-255 to a network's input: scaled to [0, 1], then normalised by its own `mean` and `std`."""
+    x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def _dinov2_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The one exception that means: the caller can mend this."""
+"""The one exception that means: the caller can fix this."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""From files to square tensors and back: the only place where pixels are decoded or resized."""
+"""From files to square pixels: the only place where images are decoded or resized."""
 
 import errno
 import io
@@ -9,18 +9,17 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from upath import UPath
 
 from fsdino.errors import UserError
 
 Source = str | Path | UPath
 """A path of this machine, or any fsspec URL."""
-PREPROCESSING = "v1: EXIF-transposed, views v1, square bilinear antialiased, x/255, the model's mean and std"
-"""Of every stored feature; change its version with anything here or in data/views.py that changes a pixel."""
+PREPROCESSING = "v1"
+"""Version of what turns a file into a network's input: turned as EXIF says, drawn as data/views.py says, resized to a
+square (bilinear, antialiased), scaled by the network's mean and deviation. Change it with whatever changes a pixel."""
 
 
 def read_image(path: Source) -> Image.Image:
@@ -29,7 +28,7 @@ def read_image(path: Source) -> Image.Image:
 
     Raises UserError if the file is missing or is no readable image; OSError if the place it lies on fails.
     """
-    return _decoded(path, _rgb)
+    return decoded(path, _rgb)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -45,56 +44,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_label(path: Source) -> UInt8[np.ndarray, "h w"]:
-    """A label PNG as class numbers; a palette image gives its indices. 255 is void.
-
-    Raises UserError if the file is missing, unreadable, or has colour channels.
-    """
-    image = _open(path)
-    if image.mode not in ("P", "L", "1"):
-        raise UserError(f"{path}: expected a label image of one channel, got mode {image.mode}; save it as greyscale")
-    return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
-
-
-def read_mask(path: Source, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
-    """A support mask: every non-zero pixel is the object. `size` is the photograph's (width, height).
-
-    Raises UserError if its size differs from the photograph's, or if no pixel is set.
-    """
-    image = ImageOps.exif_transpose(_open(path))
-    if image.size != size:
-        raise UserError(
-            f"{path}: expected a mask of the photograph's size {size[0]}x{size[1]}, "
-            f"got {image.size[0]}x{image.size[1]}; draw the mask on that photograph"
-        )
-    # A palette's colours are names, not values: index 0 is the background whatever its colour.
-    values = np.array(image.convert("RGB") if image.mode in ("RGBA", "LA", "PA", "CMYK") else image)
-    mask = np.atleast_3d(values).any(-1)
-    if not mask.any():
-        raise UserError(
-            f"{path}: expected at least one foreground pixel, got none; mark the object with a value above 0"
-        )
-    return np.asarray(mask, dtype=np.uint8)
-
-
 def resize_square(image: Image.Image, res_px: int) -> UInt8[np.ndarray, "r r 3"]:
     """The whole image stretched to a square, bilinear with antialiasing."""
     return np.asarray(image.resize((res_px, res_px), Image.Resampling.BILINEAR))
 
 
-def to_input(
-    pixels: UInt8[np.ndarray, "b r r 3"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Tensor, "b 3 r r"]:
-    """Pixels 0-255 to a network's input: scaled to [0, 1], then normalised by its own `mean` and `std`."""
-    x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
-def _open(path: Source) -> Image.Image:
-    return _decoded(path, lambda image: image)
-
-
-def _decoded(path: Source, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def decoded(path: Source, use: Callable[[Image.Image], Image.Image] = lambda image: image) -> Image.Image:
     """What `use` makes of the image at a path or URL. Whatever a decoder makes of a bad file is the file's fault."""
     data = _bytes(path)
     try:

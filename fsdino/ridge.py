@@ -30,7 +30,7 @@ class RidgeRegression:
         return torch.linalg.solve(self._inner + strength.diag(), self._cross)
 
 
-def predict(weights: Float[Tensor, "d e"], x: Float[Tensor, "b c g g"]) -> Float[Tensor, "b e g g"]:
+def apply(weights: Float[Tensor, "d e"], x: Float[Tensor, "b c g g"]) -> Float[Tensor, "b e g g"]:
     """The fitted map at every position."""
     return (_with_one(x) @ weights).unflatten(0, (x.shape[0], *x.shape[2:])).movedim(-1, 1)
 

@@ -4,9 +4,9 @@
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fsdino import checkpoint, paper
 from fsdino.adapter import BottleneckAdapter
+from fsdino.config import SegmenterConfig, SegmenterShape
 from fsdino.correlation import CorrelationPrior
 from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
 from fsdino.errors import UserError
@@ -28,50 +29,12 @@ from fsdino.prompts import (
 from fsdino.weights import from_hub
 
 
-@dataclass(frozen=True)
-class SegmenterConfig:
-    """The shape of a segmenter; two equal configs have interchangeable weights."""
-
-    early_channels: int
-    late_channels: int
-    grid: int
-    """Side of the feature grid, in positions."""
-    embedding_channels: int = paper.EMBEDDING_CHANNELS
-    variant: Literal["compact", "4d"] = "4d"
-    """compact: the similarity map prompts the decoder. 4d: the prior mask of the 4D correlation does."""
-    contrast: bool = False
-    """Let the support's background weigh against its foreground, in prototype and correlation; off: the paper's."""
-    refine: bool = False
-    """Add the similarity map at full grid to the prior's logits, so that the 4D correlation refines it; off: the
-    paper's, where the map enters at half the grid alone."""
-    semantic_prompt: bool = True
-    """SVP as the sparse prompt; off means SAM's empty one (Table 4, first row)."""
-    joint_adapter: bool = False
-    """Train the adapter along with the rest instead of keeping it frozen after distillation, for ablation."""
-    sam_extras: bool = True
-    """Keep SAM's IoU head and three further mask tokens (needed to reproduce SAM's checkpoint)."""
-
-
 class SupportEncoding(NamedTuple):
     """A class, registered: all that its supports tell, averaged over shots."""
 
     prototype: Float[Tensor, "b c"]
     prompt: Float[Tensor, "b t e"]
     kernel: Float[Tensor, "b k c"] | None
-
-    def save(self, folder: str | Path, **origin) -> None:
-        """Write `support.safetensors` and `support.json`; `origin` is JSON on what was registered with which model.
-
-        Only the model that made an encoding can use it.
-        """
-        state = {name: value for name, value in self._asdict().items() if value is not None}
-        checkpoint.save(folder, "support", state, origin)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> tuple["SupportEncoding", dict]:
-        """The saved encoding and its JSON record. Raises UserError if the folder holds none."""
-        state, record = checkpoint.read(folder, "support")
-        return cls(state["prototype"], state["prompt"], state.get("kernel")), record
 
 
 class Prediction(NamedTuple):
@@ -82,22 +45,29 @@ class Prediction(NamedTuple):
 
 
 class Segmenter(nn.Module):
-    """Adapter (frozen after distillation unless `joint_adapter`), meta-visual prompts and SAM's decoder."""
+    """Adapter (frozen after distillation unless it is `joint`), meta-visual prompts and SAM's decoder."""
 
-    def __init__(self, config: SegmenterConfig):
+    def __init__(self, config: SegmenterConfig, shape: SegmenterShape):
         super().__init__()
-        self.config = config
+        self.config, self.shape = config, shape
         self.origin: dict[str, Any] = {}  # what a checkpoint's record says beyond the config: encoder, fold, scores
-        width = config.embedding_channels
-        self.adapter = BottleneckAdapter(config.early_channels, width).requires_grad_(config.joint_adapter)
-        self.prompt = SemanticVisualPrompt(config.late_channels, width) if config.semantic_prompt else None
+        width = shape.embedding_channels
+        self.adapter = BottleneckAdapter(shape.early_channels, width).requires_grad_(config.adapter == "joint")
+        self.prompt = SemanticVisualPrompt(shape.late_channels, width) if config.semantic_prompt else None
         self.correlation = None
         if config.variant == "4d":
-            self.correlation = CorrelationPrior(config.grid, contrast=config.contrast, small=config.refine)
+            self.correlation = CorrelationPrior(
+                shape.grid,
+                contrast=config.contrast,
+                small=config.refine,
+                support_weights=config.support_weights,
+                similarity=config.similarity,
+                start=config.start,
+            )
         direct = config.variant == "compact" or config.refine
         self.similarity_scale = nn.Parameter(torch.tensor(paper.SIMILARITY_SCALE)) if direct else None
         self.mask_downscaling = mask_downscaling(width)
-        self.encoding = PositionalEncoding(width)
+        self.positional_encoding = PositionalEncoding(width)
         self.decoder = MaskDecoder(width, sam_extras=config.sam_extras)
 
     def embed(self, early: Float[Tensor, "b c g g"]) -> Float[Tensor, "b e g g"]:
@@ -118,7 +88,7 @@ class Segmenter(nn.Module):
 
         prototype = contrast_prototype if self.config.contrast else masked_mean
         if self.prompt is None:
-            prompt = flat.new_zeros(batch, 0, self.config.embedding_channels)
+            prompt = flat.new_zeros(batch, 0, self.shape.embedding_channels)
         else:
             prompt = mean_over_shots(self.prompt(flat, weights))
         return SupportEncoding(
@@ -141,7 +111,7 @@ class Segmenter(nn.Module):
             assert support.kernel is not None
             dense_logits = dense_logits + self.correlation(support.kernel, late, similarity)
         dense = self.mask_downscaling(dense_logits)
-        mask = self.decoder(embedding, self.encoding(late.shape[-1]), support.prompt, dense)
+        mask = self.decoder(embedding, self.positional_encoding(late.shape[-1]), support.prompt, dense)
         return Prediction(prior_logits=None if self.correlation is None else dense_logits, mask_logits=mask)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -165,18 +135,19 @@ class Segmenter(nn.Module):
         return cls.load(paths[0].parent)[0]
 
     def save(self, folder: str | Path, **origin) -> None:
-        """Write `segmenter.safetensors` and `segmenter.json`: config, and `origin` (JSON on where it comes from)."""
-        checkpoint.save(folder, "segmenter", self.state_dict(), {"config": asdict(self.config), **origin})
+        """Write `segmenter.safetensors` and `segmenter.json`: config, shape and `origin` (JSON on where it is from)."""
+        record = {"config": asdict(self.config), "shape": asdict(self.shape), **origin}
+        checkpoint.save(folder, "segmenter", self.state_dict(), record)
 
     @classmethod
     def load(cls, folder: str | Path) -> tuple["Segmenter", dict]:
         """The saved segmenter in eval mode, and its JSON record. Raises UserError if the folder is no checkpoint."""
         state, record = checkpoint.read(folder, "segmenter")
         try:
-            model = cls(SegmenterConfig(**record["config"]))
+            model = cls(SegmenterConfig(**record["config"]), SegmenterShape(**record["shape"]))
             model.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"{folder}: expected a segmenter's checkpoint, got another's ({first})") from None
-        model.origin = {key: value for key, value in record.items() if key not in ("config", "format_version")}
+        model.origin = {key: value for key, value in record.items() if key not in ("config", "shape", "format_version")}
         return model.eval(), record

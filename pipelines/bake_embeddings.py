@@ -2,20 +2,22 @@
 
     python -m pipelines.bake_embeddings --recipe offline
 
-The segmenter trains on these 256 channels and never reads `early`. `--adapter random` bakes a random adapter instead
-(store `embedding-random`), for the ablation.
+The segmenter trains on these 256 channels and never reads `early`. `--adapter random` bakes a random adapter instead,
+for the ablation; the embeddings of each adapter have a place of their own.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from feature_store import Fingerprint
-from fsdino.data.voc import VocDataset
+from fsdino.config import SegmenterConfig
+from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
-from fsdino.weights import state_digest
-from pipelines import stages, training
+from pipelines import checkpoints, extraction, stores
 from pipelines.cli import main
-from pipelines.recipes import Encoding, Extraction, Model, Places, RecipeName
+from pipelines.networks import BakePlan
+from pipelines.recipes import Backbone, Extraction, Places, RecipeName, Teaching
+from pipelines.stages import ReadStored
 
 
 @dataclass(frozen=True)
@@ -24,44 +26,57 @@ class Settings:
 
     recipe: RecipeName
     places: Places
-    encoding: Encoding
+    backbone: Backbone
+    teaching: Teaching
     extraction: Extraction
-    model: Model
+    model: SegmenterConfig
+    adapter_checkpoint: str | None = None
+    """A distilled adapter's folder, path or URL, instead of the one that was distilled on this data set."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Plan, bake, seal."""
     if settings.model.adapter == "joint":
-        raise UserError("--adapter joint: such an adapter learns from early features; nothing is to be baked, train it")
-    dataset, res = VocDataset(settings.places.data), settings.encoding.res
-    early = stages.open_store(settings.places, dataset.name, "early", settings.encoding)
-    adapter = training.load_adapter(settings.places, dataset.name, settings.model, early.fingerprint)
-    if adapter.widen.out_channels != settings.model.embedding_channels:
-        raise UserError(
-            f"--embedding-channels {settings.model.embedding_channels}: the adapter was distilled to "
-            f"{adapter.widen.out_channels} channels, its teacher's; give that number"
-        )
-    made_of = early.fingerprint
-    target = Fingerprint(
+        raise UserError("--adapter joint: it learns from early features, so there is nothing to bake; train it")
+    places, backbone = settings.places, settings.backbone
+    dataset = open_dataset(places.data)
+    early = stores.open_encoded(places, dataset.name, "early", backbone, backbone.res)
+    of = early.fingerprint
+    adapter = checkpoints.plan_adapter(
+        places, dataset.name, backbone, settings.teaching, settings.model, of.weights, settings.adapter_checkpoint
+    )
+    if adapter.kind == "distilled":
+        made_for = Fingerprint.of_record(checkpoints.read_record(adapter.url, "adapter")["early"])
+        if (made_for.layer, made_for.norm) != (of.layer, of.norm):
+            raise UserError(
+                f"{adapter.url}: expected an adapter for {of.layer} with norm {of.norm}, got one for {made_for.layer} "
+                f"with norm {made_for.norm}; distil again under another --out"
+            )
+    fingerprint = Fingerprint(
         feature="embedding",
-        model=f"adapter on {made_of.model}",
-        weights=state_digest(adapter),
-        layers=f"adapter of {made_of.weights} {made_of.layers} in {made_of.precision}, stored as {made_of.dtype}",
-        res_px=res,
-        grid=made_of.grid,
-        channels=settings.model.embedding_channels,
-        view_seed=made_of.view_seed,
-        preprocessing=made_of.preprocessing,
+        model=stores.adapter_model(backbone.encoder, adapter.digest),
+        weights=adapter.digest,
+        layer="widen",
+        norm="none",
+        res_px=of.res_px,
+        grid=of.grid,
+        channels=adapter.out_channels,
+        view_seed=of.view_seed,
+        preprocessing=of.preprocessing,
         precision=settings.extraction.precision,
         dtype=settings.extraction.dtype,
+        made_from=of,
     )
-    destination = stages.store_url(settings.places.store, dataset.name, training.embedding_name(settings.model), res)
-    return stages.extract(
-        lambda: stages.Single(adapter, "embedding"),
-        stages.ReadStored(early.url),
-        [stages.Target(destination, target, early.samples)],
+    return extraction.extract(
+        BakePlan(adapter),
+        ReadStored(early.url),
+        [
+            extraction.Target(
+                stores.place(places.store, dataset.name, fingerprint, of.res_px), fingerprint, early.samples
+            )
+        ],
         settings.extraction,
-        settings.places.tracking_uri,
+        places.tracking_uri,
     )
 
 

@@ -4,21 +4,20 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from typing import Any, TypeVar
 
 import tyro
 
-from feature_store import files
 from feature_store.errors import StoreError, StoreFault
+from feature_store.urls import absolute
 from fsdino.errors import UserError
 from pipelines.recipes import RECIPES
 
 PATHS = {
     "places": ("data", "store", "out", "cache"),
-    "encoding": ("encoder_weights",),
+    "backbone": ("encoder_weights",),
     "teaching": ("teacher_weights",),
-    "model": ("decoder_weights",),
 }
 """Settings that are paths, by their section."""
 S = TypeVar("S")
@@ -29,7 +28,7 @@ class ClusterFault(Exception):
 
     def __init__(self, error: BaseException):
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        super().__init__(f"Ray broke down ({first}); what is finished is kept, run the same command again to go on")
+        super().__init__(f"Ray broke down ({first}); finished work is kept, rerun the command to resume")
 
 
 ENVIRONMENT = {
@@ -48,29 +47,22 @@ def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[
     Exit codes: 0 done, 2 wrong usage or input (one line on stderr), 1 a fault (a full disk or a dead object store in
     one line, others with their traceback).
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     try:
-        settings = parse(settings_type, sys.argv[1:] if argv is None else argv)
-        result = job(settings)
+        result = call(settings_type, job, sys.argv[1:] if argv is None else argv)
     except (UserError, StoreError, ClusterFault) as error:
-        fail(error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1 if isinstance(error, (StoreFault, ClusterFault)) else 2)
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        print("stopped; rerun the command to resume", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        # A user's mistake that surfaces inside a Ray worker arrives wrapped in the worker's traceback.
-        cause = users_mistake(error)
-        if cause is None:
-            raise
-        fail(cause)
     print(json.dumps(result), flush=True)
 
 
-def fail(error: BaseException) -> None:
-    """One line on stderr and exit code 2, or 1 if a place or the cluster failed rather than the user."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(1 if isinstance(error, (StoreFault, ClusterFault)) else 2)
+def call(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[str]) -> dict[str, Any]:
+    """What the command does with these arguments, within this process; its errors are raised."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return job(parse(settings_type, argv))
 
 
 def parse(settings_type: type[S], argv: list[str]) -> S:
@@ -89,7 +81,7 @@ def parse(settings_type: type[S], argv: list[str]) -> S:
     missing = {
         f.name: tyro.MISSING
         for f in fields(settings_type)  # type: ignore[arg-type]
-        if f.name not in given and f.default is f.default_factory  # both are dataclasses.MISSING
+        if f.name not in given and f.default is MISSING and f.default_factory is MISSING
     }
     default = settings_type(**given, **missing)
     settings = tyro.cli(settings_type, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
@@ -98,19 +90,6 @@ def parse(settings_type: type[S], argv: list[str]) -> S:
         values = getattr(settings, section, None)
         if values is not None:
             given = {name: getattr(values, name) for name in names}
-            same = {n: files.absolute(v) for n, v in given.items() if v is not None and not v.startswith("hf:")}
+            same = {n: absolute(v) for n, v in given.items() if v is not None and not v.startswith("hf:")}
             settings = replace(settings, **{section: replace(values, **same)})  # type: ignore[type-var]
     return settings
-
-
-def users_mistake(error: BaseException | None) -> BaseException | None:
-    """The UserError or StoreError at the root of an error that crossed processes, else None."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, (UserError, StoreError)) and not hasattr(error, "traceback_str"):
-            return error
-        failures = getattr(error, "worker_failures", None)  # ray.train's WorkerGroupError: rank -> error
-        inner = next(iter(failures.values()), None) if failures else None
-        error = inner or getattr(error, "cause", None) or error.__cause__
-    return None

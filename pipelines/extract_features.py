@@ -7,17 +7,18 @@
 Cost: VOC's 4,845 samples by the offline recipe took 9 minutes on two cores that other work shared, and 2.9 GB.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
-
 from feature_store import Fingerprint, Row
 from fsdino.preprocess import PREPROCESSING
-from pipelines import stages
+from fsdino.specs import encoder_spec
+from fsdino.weights import weights_digest
+from pipelines import extraction, stores
 from pipelines.cli import main
-from pipelines.recipes import Encoding, Extraction, Places, RecipeName
+from pipelines.networks import EncoderPlan
+from pipelines.recipes import Backbone, Extraction, Places, RecipeName
+from pipelines.stages import Decode
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Settings:
 
     recipe: RecipeName
     places: Places
-    encoding: Encoding
+    backbone: Backbone
     extraction: Extraction
     features: tuple[Literal["early", "late"], ...] = ("early", "late")
     """Which features to keep."""
@@ -38,49 +39,44 @@ class Settings:
     """Photographs instead of the data set's: a folder, a glob in quotes, or either as an fsspec URL."""
 
 
-class Wanted(nn.Module):
-    """The encoder, computing only the features that are wanted."""
-
-    def __init__(self, encoding: Encoding):
-        super().__init__()
-        self.encoder = stages.encoder_of(encoding)
-        self.mean, self.std = self.encoder.mean, self.encoder.std
-
-    def forward(self, x: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
-        """Normalised images to the features of these names."""
-        if tuple(wanted) == ("early",):
-            return {"early": self.encoder.early(x)}
-        return self.encoder(x)._asdict()
-
-
 def job(settings: Settings) -> dict[str, Any]:
     """Plan, extract, seal."""
-    encoding, extraction = settings.encoding, settings.extraction
-    encoder = stages.encoder_of(encoding)
-    name, rows = stages.read_rows(settings.places, settings.images, settings.splits, encoding.num_views)
+    backbone = settings.backbone
+    spec = encoder_spec(backbone.encoder, backbone.early_norm, backbone.late_norm)
+    for res_px in (backbone.res, *settings.coarse_res):
+        spec.grid(res_px)
+    name, rows = extraction.read_rows(settings.places, settings.images, settings.splits, backbone.num_views)
+    digest = weights_digest(backbone.encoder, backbone.encoder_weights)
 
-    def target(feature: str, res: int, rows: list[Row]) -> stages.Target:
+    def target(feature: str, res_px: int, rows: list[Row]) -> extraction.Target:
+        layer = spec.early if feature == "early" else spec.late
         fingerprint = Fingerprint(
             feature=feature,
-            model=encoder.name,
-            weights=encoder.digest,
-            layers=encoder.layers,
-            res_px=res,
-            grid=encoder.grid(res),
-            channels=encoder.early_channels if feature == "early" else encoder.late_channels,
-            view_seed=encoding.view_seed,
+            model=spec.name,
+            weights=digest,
+            layer=layer.name,
+            norm=layer.norm,
+            res_px=res_px,
+            grid=spec.grid(res_px),
+            channels=layer.channels,
+            view_seed=backbone.view_seed,
             preprocessing=PREPROCESSING,
-            precision=extraction.precision,
-            dtype=extraction.dtype,
+            precision=settings.extraction.precision,
+            dtype=settings.extraction.dtype,
         )
-        return stages.Target(stages.store_url(settings.places.store, name, feature, res), fingerprint, rows)
+        return extraction.Target(stores.place(settings.places.store, name, fingerprint, res_px), fingerprint, rows)
 
-    targets = [target(feature, encoding.res, rows) for feature in settings.features]
+    targets = [target(feature, backbone.res, rows) for feature in settings.features]
     if settings.coarse_res:
-        _, plain = stages.read_rows(settings.places, settings.images, ["train"], num_views=1)
-        targets += [target("early", res, plain) for res in settings.coarse_res if res != encoding.res]
-    decode = stages.Decode(encoding.view_seed, extraction.on_bad_image)
-    return stages.extract(lambda: Wanted(encoding), decode, targets, extraction, settings.places.tracking_uri)
+        _, plain = extraction.read_rows(settings.places, settings.images, ["train"], num_views=1)
+        targets += [target("early", res_px, plain) for res_px in settings.coarse_res if res_px != backbone.res]
+    return extraction.extract(
+        EncoderPlan(backbone, digest),
+        Decode(backbone.view_seed, settings.extraction.on_bad_image),
+        targets,
+        settings.extraction,
+        settings.places.tracking_uri,
+    )
 
 
 if __name__ == "__main__":

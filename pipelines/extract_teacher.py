@@ -12,10 +12,13 @@ from typing import Any
 
 from feature_store import Fingerprint
 from fsdino.preprocess import PREPROCESSING
-from fsdino.teacher import Teacher, build_teacher
-from pipelines import stages
+from fsdino.specs import encoder_spec, teacher_spec
+from fsdino.weights import weights_digest
+from pipelines import extraction, stores
 from pipelines.cli import main
-from pipelines.recipes import Encoding, Extraction, Places, RecipeName, Teaching
+from pipelines.networks import TeacherPlan
+from pipelines.recipes import Backbone, Extraction, Places, RecipeName, Teaching
+from pipelines.stages import Decode
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Settings:
 
     recipe: RecipeName
     places: Places
-    encoding: Encoding
+    backbone: Backbone
     teaching: Teaching
     extraction: Extraction
     images: str | None = None
@@ -33,29 +36,30 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Plan, extract, seal."""
-    name, rows = stages.read_rows(settings.places, settings.images, ["train"], num_views=1)
-
-    def build() -> Teacher:
-        return build_teacher(settings.teaching.teacher, settings.teaching.teacher_weights)
-
-    teacher, res = build(), settings.encoding.res
+    teaching, res = settings.teaching, settings.backbone.res
+    spec = teacher_spec(teaching.teacher)
+    encoder_spec(settings.backbone.encoder).grid(res)  # a side that the student cannot take is of no use
+    name, rows = extraction.read_rows(settings.places, settings.images, ["train"], num_views=1)
     fingerprint = Fingerprint(
         feature="teacher",
-        model=teacher.name,
-        weights=teacher.digest,
-        layers=teacher.layers,
-        res_px=teacher.input_px(res),
-        grid=teacher.grid(res),
-        channels=teacher.channels,
-        view_seed=settings.encoding.view_seed,
+        model=spec.name,
+        weights=weights_digest(teaching.teacher, teaching.teacher_weights),
+        layer=spec.layer.name,
+        norm=spec.layer.norm,
+        res_px=spec.input_px(res),
+        grid=spec.grid(res),
+        channels=spec.layer.channels,
+        view_seed=settings.backbone.view_seed,
         preprocessing=PREPROCESSING,
         precision=settings.extraction.precision,
         dtype=settings.extraction.dtype,
     )
-    target = stages.Target(stages.store_url(settings.places.store, name, "teacher", res), fingerprint, rows)
-    decode = stages.Decode(fingerprint.view_seed, settings.extraction.on_bad_image)
-    return stages.extract(
-        lambda: stages.Single(build(), "teacher"), decode, [target], settings.extraction, settings.places.tracking_uri
+    return extraction.extract(
+        TeacherPlan(teaching, fingerprint.weights),
+        Decode(fingerprint.view_seed, settings.extraction.on_bad_image),
+        [extraction.Target(stores.place(settings.places.store, name, fingerprint, res), fingerprint, rows)],
+        settings.extraction,
+        settings.places.tracking_uri,
     )
 
 

@@ -3,55 +3,19 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from feature_store import FeatureStore
+from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import Episode, EpisodeSampler
+from fsdino.data.masks import binary_label
 from fsdino.data.views import draw_view
-from fsdino.data.voc import VocDataset, binary_label
-from fsdino.segmenter import Prediction, Segmenter
+from fsdino.episodic import EpisodeBatch
 
 LABELS_KEPT = 8192  # 160 kB each at 400 px
-
-
-@dataclass(frozen=True)
-class EpisodeBatch:
-    """B episodes of K shots; features in the stores' channels, channels first (memory stays channels last)."""
-
-    episodes: Sequence[Episode]
-    support_late: Tensor
-    """(B, K, C, g, g)"""
-    support_masks: Tensor
-    """(B, K, s, s), 0 or 1; void counts as 0."""
-    query_late: Tensor
-    """(B, C, g, g)"""
-    query_input: Tensor | None
-    """(B, E, g, g): embeddings, or early features where no frozen adapter made any; None if no store was given."""
-    query_labels: Tensor
-    """(B, s, s) uint8: 1 the class, 0 elsewhere, 255 void."""
-
-    def to(self, device: torch.device) -> "EpisodeBatch":
-        """The batch on a device, features as float32."""
-        return EpisodeBatch(
-            self.episodes,
-            self.support_late.to(device, torch.float32),
-            self.support_masks.to(device, torch.float32),
-            self.query_late.to(device, torch.float32),
-            None if self.query_input is None else self.query_input.to(device, torch.float32),
-            self.query_labels.to(device),
-        )
-
-
-def predict(segmenter: Segmenter, batch: EpisodeBatch) -> Prediction:
-    """What a segmenter finds in the queries of a batch, which bring what its config asks for."""
-    assert batch.query_input is not None
-    support = segmenter.encode_support(batch.support_late, batch.support_masks)
-    embedding = segmenter.embed(batch.query_input) if segmenter.config.joint_adapter else batch.query_input
-    return segmenter.segment(batch.query_late, embedding, support)
 
 
 class EpisodeLoader:
@@ -62,7 +26,7 @@ class EpisodeLoader:
     A mirrored image is its mirrored features and label: right up to the network's own left-right asymmetries.
     """
 
-    def __init__(self, dataset: VocDataset, late: FeatureStore, query: FeatureStore | None, label_px: int):
+    def __init__(self, dataset: Dataset, late: FeatureStore, query: FeatureStore | None, label_px: int):
         self.dataset, self.late, self.query, self.label_px = dataset, late, query, label_px
         self.view_seed = late.fingerprint.view_seed
         self._labels: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()

@@ -2,39 +2,63 @@
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
+from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import Episode
+from fsdino.data.masks import binary_label
 from fsdino.data.views import draw_view
-from fsdino.data.voc import VocDataset, binary_label
-from fsdino.segmenter import Prediction
 
-CELL_PX = 192
+if TYPE_CHECKING:
+    from fsdino.segmenter import Prediction
+
+CELL_PX = 224
 GAP_PX = 4
 CAPTION_PX = 18
 POINTS = ((0.3, 0.3), (0.5, 0.5), (0.7, 0.6))  # where similarity is shown: shares of width and height
 MASK_COLOUR = np.array([255, 40, 90], np.float32)
+TINT = 0.45
 
 
 def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The image with the mask's pixels tinted and the rest darkened; the mask is stretched to the image."""
-    stretched = Image.fromarray((mask > 0).astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
-    inside = np.asarray(stretched)[..., None] > 0
-    pixels = np.asarray(image.convert("RGB"), np.float32)
-    return Image.fromarray(np.where(inside, 0.5 * pixels + 0.5 * MASK_COLOUR, 0.6 * pixels).astype(np.uint8))
+    """The image as a cell, with the mask tinted and outlined; what is outside stays as it is.
+
+    `mask` is a 0/1 mask at any size, or logits above 0 on it, which are enlarged bilinearly as they are for scoring.
+    """
+    values = mask.astype(np.float32) - 0.5 if mask.dtype != np.float32 else mask
+    resampling = Image.Resampling.BILINEAR if mask.dtype == np.float32 else Image.Resampling.BOX
+    inside = np.asarray(Image.fromarray(values).resize((CELL_PX, CELL_PX), resampling)) > 0
+    pixels = np.asarray(_cell(image), np.float32)
+    tinted = np.where(inside[..., None], (1 - TINT) * pixels + TINT * MASK_COLOUR, pixels)
+    tinted[_outline(inside)] = MASK_COLOUR
+    return Image.fromarray(tinted.astype(np.uint8))
+
+
+def _outline(inside: np.ndarray) -> np.ndarray:
+    """Pixels of the mask with a pixel outside it within two steps; the image's own border is no edge."""
+    core = inside
+    for _ in range(2):
+        padded = np.pad(core, 1, mode="edge")
+        core = core & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
+    return inside & ~core
+
+
+def _cell(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
 def heat(probability: np.ndarray) -> Image.Image:
-    """A map in [0, 1] as grey values."""
-    return Image.fromarray((np.clip(probability, 0, 1) * 255).astype(np.uint8)).convert("RGB")
+    """A map in [0, 1] as grey values, enlarged bilinearly."""
+    grey = Image.fromarray((np.clip(probability, 0, 1) * 255).astype(np.uint8))
+    return grey.resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR).convert("RGB")
 
 
 def marked(image: Image.Image, x: float, y: float) -> Image.Image:
     """The image with a cross at a point, given as shares of width and height."""
-    square = image.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR)
+    square = _cell(image)
     draw, at, reach = ImageDraw.Draw(square), (x * CELL_PX, y * CELL_PX), 8
     draw.line([at[0] - reach, at[1], at[0] + reach, at[1]], fill="red", width=3)
     draw.line([at[0], at[1] - reach, at[0], at[1] + reach], fill="red", width=3)
@@ -43,6 +67,8 @@ def marked(image: Image.Image, x: float, y: float) -> Image.Image:
 
 def curve(names: Sequence[str], values: Sequence[float], what: str, where: str) -> Image.Image:
     """One value for each name, as a line with points."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(range(len(names)), values, marker="o")
@@ -65,8 +91,7 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image.Image | None]]) 
     for y, row in enumerate(rows):
         for x, cell in enumerate(row):
             if cell is not None:
-                square = cell.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR)
-                canvas.paste(square, (x * step + GAP_PX, y * step + GAP_PX + CAPTION_PX))
+                canvas.paste(_cell(cell), (x * step + GAP_PX, y * step + GAP_PX + CAPTION_PX))
     return canvas
 
 
@@ -83,8 +108,8 @@ def embeddings(images: Sequence[Image.Image], teacher: np.ndarray, student: np.n
         small = Image.fromarray((np.clip(shares, 0, 1) * 255).astype(np.uint8))
         return small.resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
 
-    def alike(one: np.ndarray, x: float, y: float) -> Image.Image:
-        """Cosines with the position at a point, stretched: what the network takes for alike to it."""
+    def cosines_with(one: np.ndarray, x: float, y: float) -> Image.Image:
+        """Cosines of all positions with the one at a point, stretched to [0, 1]."""
         unit = one / np.linalg.norm(one, axis=-1, keepdims=True).clip(1e-6)
         cosines = unit @ unit[int(y * one.shape[0]), int(x * one.shape[1])]
         return heat((cosines - cosines.min()) / max(float(np.ptp(cosines)), 1e-6))
@@ -93,12 +118,12 @@ def embeddings(images: Sequence[Image.Image], teacher: np.ndarray, student: np.n
     for image, t, s in zip(images, teacher, student, strict=True):
         pca: list[Image.Image | None] = [colours(t), colours(s)]
         for x, y in POINTS:
-            rows.append([marked(image, x, y), *pca, alike(t, x, y), alike(s, x, y)])
+            rows.append([marked(image, x, y), *pca, cosines_with(t, x, y), cosines_with(s, x, y)])
             pca = [None, None]
-    return panel(("image", "teacher", "student", "teacher, like the cross", "student"), rows)
+    return panel(("image", "teacher", "student", "teacher, cosine with cross", "student"), rows)
 
 
-def episodes(dataset: VocDataset, view_seed: int, drawn: Sequence[Episode], predicted: Prediction) -> Image.Image:
+def episodes(dataset: Dataset, view_seed: int, drawn: Sequence[Episode], predicted: "Prediction") -> Image.Image:
     """Support, its mask, query, truth, prior and prediction of each episode (its first support)."""
     rows = []
     for i, episode in enumerate(drawn):
@@ -107,15 +132,13 @@ def episodes(dataset: VocDataset, view_seed: int, drawn: Sequence[Episode], pred
             for image_id, view in zip((episode.query, episode.supports[0]), episode.views, strict=False)
         )
         prior = None if predicted.prior_logits is None else predicted.prior_logits[i, 0].float().sigmoid().cpu().numpy()
-        found = predicted.mask_logits[i, 0].float().cpu().numpy() > 0
+        logits = predicted.mask_logits[i, 0].float().cpu().numpy()
         cells = [support, overlay(support, mask), query, overlay(query, truth)]
-        rows.append([*cells, None if prior is None else heat(prior), overlay(query, found)])
+        rows.append([*cells, None if prior is None else heat(prior), overlay(query, logits)])
     return panel(("support", "support mask", "query", "truth", "prior", "prediction"), rows)
 
 
-def _seen(
-    dataset: VocDataset, view_seed: int, image_id: str, view: int, class_id: int
-) -> tuple[Image.Image, np.ndarray]:
+def _seen(dataset: Dataset, view_seed: int, image_id: str, view: int, class_id: int) -> tuple[Image.Image, np.ndarray]:
     drawn = draw_view(view_seed, image_id, view)
-    image = drawn.image(dataset.image(image_id)).resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR)
-    return image, binary_label(drawn.label(dataset.label(image_id), CELL_PX), class_id) == 1
+    image = drawn.image(dataset.image(image_id))
+    return image, binary_label(drawn.label(dataset.label(image_id), 2 * CELL_PX), class_id) == 1

@@ -3,12 +3,13 @@
 Sections are shared between commands, so that a store, its reader and a checkpoint agree on what made them.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from fsdino import paper
+from fsdino.config import SegmenterConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Encoding:
+class Backbone:
     """The frozen encoder and what it sees."""
 
     encoder: str
@@ -47,6 +48,11 @@ class Encoding:
     """Apply the encoder's final norm to the late layer."""
     view_seed: int = 0
     """Seed of the augmented views."""
+
+    @property
+    def title(self) -> str:
+        """The folder of what is trained on its features."""
+        return f"{self.encoder}@{self.res}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Extraction:
     forward_batch: int = 8
     """Images in one forward pass."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast of the forward pass; docs/networks.md has what the halves change."""
+    """Autocast of the forward pass; docs/networks.md says what the halves change."""
     compile: bool = False
     """Run the network through torch.compile; worth it for long jobs on GPUs."""
     dtype: Literal["float16", "float32", "int8"] = "float16"
@@ -94,14 +100,14 @@ class Workers:
     worker_cpus: float = 2
     """CPU cores for each."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; a killed run goes on from the last one."""
+    """Steps between checkpoints; a killed run resumes from the last one."""
     seed: int = 0
     """Seed of initialisation and of the order of samples."""
 
 
 @dataclass(frozen=True)
-class Computing:
-    """What a model computes on, in training and in tests."""
+class Device:
+    """What a model runs on, in training and in tests."""
 
     gpu: bool = False
     """One GPU for each process."""
@@ -126,35 +132,6 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class Model:
-    """The segmenter."""
-
-    embedding_channels: int
-    """Channels of the teacher's embedding, and so the decoder's width."""
-    sam_decoder: str | None
-    """Teacher whose checkpoint initialises the decoder; none means random."""
-    decoder_weights: str | None = None
-    """A local SAM checkpoint instead of the publisher's."""
-    variant: Literal["compact", "4d"] = "4d"
-    """Dense prompt: the similarity map, or the 4D correlation's prior mask."""
-    contrast: bool = False
-    """Let the support's background weigh against its foreground, in prototype and correlation; off: the paper's."""
-    refine: bool = False
-    """Add the similarity map at full grid to the 4D prior's logits, to be refined; off: the paper's."""
-    semantic_prompt: bool = True
-    """Semantic visual prompt as the sparse prompt."""
-    adapter: Literal["distilled", "joint", "random"] = "distilled"
-    """What makes image embeddings: the distilled adapter; or, for ablation, a random one that is trained along with the
-    segmenter, or a random one that stays as it is. Only `joint` needs no baked embeddings."""
-
-    @property
-    def title(self) -> str:
-        """What runs and tables call it: its variant and what it leaves out of the method."""
-        without = "" if self.semantic_prompt else "-no-svp"
-        return self.variant + without + ("" if self.adapter == "distilled" else f"-{self.adapter}")
-
-
-@dataclass(frozen=True)
 class Episodic:
     """Episodic training (Sec. 3.4.3)."""
 
@@ -171,13 +148,19 @@ class Episodic:
     decoder_lr: float = paper.DECODER_LEARNING_RATE
     """Learning rate of the decoder."""
     balance: float = 0.0
-    """Above 0: draw the class first, by its images' number to the power 1 - balance; 1: every class alike."""
+    """Above 0: draw the class first, by its number of images to the power 1 - balance (1: all equally likely)."""
     flip: bool = False
     """Mirror cached features and labels at random, for encoders that take a mirrored image to mirrored features."""
     label_px: int | None = None
     """Side at which the loss is computed; the image's if none."""
-    keep_novel: bool = False
-    """Keep base images that hold novel pixels (as background), as HSNet does."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What counts as training, as a test, and as an episode."""
+
+    protocol: str = "hdmnet"
+    """How the data set becomes episodes; fsdino/data/protocols.py has them."""
 
 
 @dataclass(frozen=True)
@@ -195,13 +178,14 @@ class Recipe:
     """Every setting of one published or offline run."""
 
     places: Places
-    encoding: Encoding
+    backbone: Backbone
     teaching: Teaching
     extraction: Extraction
     workers: Workers
-    computing: Computing
+    device: Device
     distillation: Distillation
-    model: Model
+    model: SegmenterConfig
+    benchmark: Benchmark
     episodic: Episodic
     testing: Testing
 
@@ -210,17 +194,19 @@ def paper_recipe() -> Recipe:
     """FS-DINO, arXiv 2504.15669, PASCAL-5i: mIoU 75.6 80.3 72.2 73.4 (1-shot, Table 1) is the score to reach.
 
     DINOv2 ViT-B/14 at 518 px and SAM-H. The paper distils on 1 % of SA-1B with 2-4 A6000 and trains episodes on one;
-    this distils on the training images of the data set at hand. Views stand for augmentation, so nothing is mirrored.
+    this distils on the data set's own training images. Views stand for augmentation, so nothing is mirrored.
+    Literal but for the start of the correlation's layers: with PyTorch's a fresh prior is blind (docs/method.md).
     """
     return Recipe(
         places=Places(data="data/VOCdevkit/VOC2012"),
-        encoding=Encoding(encoder="dinov2_vitb14", res=paper.IMAGE_RES_PX, num_views=8),
+        backbone=Backbone(encoder="dinov2_vitb14", res=paper.IMAGE_RES_PX, num_views=8),
         teaching=Teaching(teacher="sam_vit_h"),
         extraction=Extraction(actor_gpus=1, decode_cpus=1, forward_batch=16),
         workers=Workers(worker_cpus=4, checkpoint_every=1000),
-        computing=Computing(gpu=True),
+        device=Device(gpu=True),
         distillation=Distillation(distill_res=paper.DISTILL_RES_PX),
-        model=Model(embedding_channels=paper.EMBEDDING_CHANNELS, sam_decoder="sam_vit_h"),
+        model=SegmenterConfig(sam_decoder="sam_vit_h"),
+        benchmark=Benchmark(),
         episodic=Episodic(),
         testing=Testing(),
     )
@@ -229,18 +215,20 @@ def paper_recipe() -> Recipe:
 def offline_recipe() -> Recipe:
     """Nothing but the package index: EfficientNet-Lite0 learns from Lite2 at 400 px. README has its scores.
 
-    The decoder starts at random, so it learns faster than one of SAM's. Most of the images at hand show animals, hence
-    the balance; mirrored features are the one augmentation, as no sign of overfitting asked for stored views.
+    The decoder starts at random, so it learns faster than one of SAM's. Most training images we had show animals, hence
+    the balance; mirrored features are the one augmentation, as no sign of overfitting asked for stored views. Its
+    departures from the paper are in docs/method.md.
     """
     return Recipe(
         places=Places(data="data/VOCdevkit/VOC2012"),
-        encoding=Encoding(encoder="tf_efficientnet_lite0", res=400, num_views=1),
+        backbone=Backbone(encoder="tf_efficientnet_lite0", res=400, num_views=1),
         teaching=Teaching(teacher="tf_efficientnet_lite2"),
         extraction=Extraction(actors=2, actor_cpus=0.75),
         workers=Workers(),
-        computing=Computing(train_precision="bf16"),
+        device=Device(train_precision="bf16"),
         distillation=Distillation(distill_res=(128, 256, 400), distill_epochs=3),
-        model=Model(embedding_channels=352, sam_decoder=None, contrast=True, refine=True),
+        model=SegmenterConfig(contrast=True, refine=True, support_weights="share", similarity="unit"),
+        benchmark=Benchmark(),
         episodic=Episodic(steps=600, decoder_lr=3e-4, balance=0.5, flip=True, label_px=100),
         testing=Testing(),
     )
@@ -250,13 +238,14 @@ def tiny_recipe() -> Recipe:
     """The paper's classes at toy size with random weights: the whole way in seconds, for tests."""
     return Recipe(
         places=Places(data="outputs/shapes"),
-        encoding=Encoding(encoder="tiny_vit", res=70, num_views=2),
+        backbone=Backbone(encoder="tiny_vit", res=70, num_views=2),
         teaching=Teaching(teacher="tiny_sam"),
         extraction=Extraction(),
         workers=Workers(checkpoint_every=5, worker_cpus=1),
-        computing=Computing(),
+        device=Device(),
         distillation=Distillation(distill_res=(28, 70), distill_epochs=1),
-        model=Model(embedding_channels=32, sam_decoder=None),
+        model=SegmenterConfig(),
+        benchmark=Benchmark(),
         episodic=Episodic(steps=10, batch=4),
         testing=Testing(episodes=20),
     )
@@ -264,3 +253,19 @@ def tiny_recipe() -> Recipe:
 
 RECIPES = {"paper": paper_recipe, "offline": offline_recipe, "tiny": tiny_recipe}
 RecipeName = Annotated[str, tyro.conf.arg(help=f"Which run's settings to start from: {', '.join(RECIPES)}.")]
+
+
+def departures(section: Any, of_recipe: Any) -> list[str]:
+    """What single flags changed in a section of a recipe, as words for a title: `no-refine`, `steps-160`."""
+    words = []
+    for field in fields(section):
+        value, name = getattr(section, field.name), field.name.replace("_", "-")
+        if value != getattr(of_recipe, field.name):
+            words.append(f"{name}-{value}" if not isinstance(value, bool) else name if value else f"no-{name}")
+    return words
+
+
+def model_title(model: SegmenterConfig, recipe: str) -> str:
+    """What runs and tables call a model: its variant, and whatever else departs from the recipe."""
+    words = [w for w in departures(model, RECIPES[recipe]().model) if not w.startswith("variant-")]
+    return "-".join([model.variant, *words])

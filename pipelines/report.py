@@ -1,21 +1,22 @@
-"""A table of all evaluations that MLflow holds, newest of each setting: runs in, Markdown out.
+"""A table of the evaluations that MLflow holds: runs in, Markdown out.
 
-python -m pipelines.report --recipe offline --dataset pascal-5i
+    python -m pipelines.report --recipe offline --dataset pascal-5i
+
+A row holds runs that differ in nothing but fold and checkpoint: one recipe, encoder, resolution, model, protocol, list
+and seed. What differs otherwise has a row of its own, which says in what.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import tracking
+from pipelines import tables
 from pipelines.cli import main
 from pipelines.recipes import Places, RecipeName
-
-FOLDS = ("0", "1", "2", "3")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Print mIoU and FB-IoU of every method on every fold; the mean where all four are there."""
+    """Print mIoU and FB-IoU of every method on every fold; the mean where all are there."""
 
     recipe: RecipeName
     places: Places
@@ -31,35 +32,19 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Gather, then print the table before the JSON line."""
-    table = gather(settings)
-    print(f"| {settings.dataset}, {settings.shots}-shot, mIoU (FB-IoU) | fold 0 | fold 1 | fold 2 | fold 3 | mean |")
-    print("|---|---|---|---|---|---|")
-    for method, folds in sorted(table.items(), key=lambda entry: _mean(entry[1], "miou")):
-        cells = [_cell(folds[f]["miou"], folds[f]["fb_iou"]) if f in folds else "-" for f in FOLDS]
-        cells.append(_cell(_mean(folds, "miou"), _mean(folds, "fb_iou")) if len(folds) == len(FOLDS) else "-")
-        print(f"| {method} | {' | '.join(cells)} |")
-    return {"dataset": settings.dataset, "shots": settings.shots, "methods": table}
-
-
-def gather(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
-    """method to fold to its newest scores."""
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for run in tracking.runs(settings.places.tracking_uri, "evaluate"):
-        params = run["params"]
-        asked = {key: str(getattr(settings, key)) for key in ("shots", "episodes", "test_seed")}
-        if run["tags"].get("dataset") != settings.dataset or any(params.get(k) != v for k, v in asked.items()):
-            continue
-        scores = {key: round(run["metrics"][key], 6) for key in ("miou", "fb_iou")}
-        table.setdefault(params["method"], {}).setdefault(params["fold"], scores)
-    return table
-
-
-def _cell(miou: float, fb_iou: float) -> str:
-    return f"{100 * miou:.1f} ({100 * fb_iou:.1f})"
-
-
-def _mean(folds: dict[str, dict[str, float]], key: str) -> float:
-    return sum(scores[key] for scores in folds.values()) / len(folds)
+    methods = tables.gather(
+        settings.places.tracking_uri,
+        dataset=settings.dataset,
+        shots=settings.shots,
+        episodes=settings.episodes,
+        test_seed=settings.test_seed,
+    )
+    print(tables.markdown(f"{settings.dataset}, {settings.shots}-shot", methods))
+    return {
+        "dataset": settings.dataset,
+        "shots": settings.shots,
+        "methods": {name: method.folds for name, method in methods.items()},
+    }
 
 
 if __name__ == "__main__":

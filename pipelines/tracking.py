@@ -168,7 +168,7 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
 
 
 def _knows(client: MlflowClient, run_id: str) -> bool:
-    """Whether the run is on this server: another database, or a new one, starts it anew."""
+    """Whether the run is on this server: with another database, or a new one, it is logged as a new run."""
     try:
         client.get_run(run_id)
     except MlflowException as error:

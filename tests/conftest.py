@@ -1,10 +1,12 @@
 """Fixtures, and the shape checks of every annotated function of `fsdino` and `feature_store`."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -50,6 +52,28 @@ def s3_endpoint():
         yield address
 
 
+def run(name: str, *arguments: object) -> dict[str, Any]:
+    """What a command returns with these arguments, in this process; its errors are raised. All share one Ray."""
+    from pipelines import cli
+
+    module = importlib.import_module(f"pipelines.{name}")
+    return cli.call(module.Settings, module.job, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_ray():
+    """The Ray that commands in this process share; it ends with the tests, or earlier by `stop_ray`."""
+    yield
+    stop_ray()
+
+
+def stop_ray() -> None:
+    """End this process's Ray: before a command in a process of its own starts another."""
+    from pipelines import sequence
+
+    sequence.stop_ray()
+
+
 def command(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     """Run a real command as a user does, from the checkout."""
     line = [sys.executable, "-m", f"pipelines.{name}", *map(str, arguments)]
@@ -57,6 +81,50 @@ def command(name: str, *arguments: object, check: bool = True) -> subprocess.Com
     if check and done.returncode:
         raise AssertionError(f"{' '.join(line)} exited with {done.returncode}:\n{done.stderr[-4000:]}")
     return done
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory, shapes_root) -> dict[str, object]:
+    """Where the whole way with the tiny recipe lies, as flags."""
+    base = tmp_path_factory.mktemp("run")
+    return {
+        "--recipe": "tiny",
+        "--data": shapes_root,
+        "--store": base / "stores",
+        "--out": base / "runs",
+        "--tracking-uri": f"sqlite:///{base / 'mlflow.db'}",
+    }
+
+
+def flags(places: dict[str, object], *names: str) -> list[object]:
+    """Places as arguments: all, or those of these names."""
+    chosen = places if not names else {n: places[n] for n in names}
+    return [part for pair in chosen.items() for part in pair]
+
+
+FOLD = 1
+TRAINED = "shapes/tiny_vit@70"
+"""The folder of the tiny recipe's runs below --out."""
+
+
+@pytest.fixture(scope="session")
+def whole_run(places) -> dict[str, dict[str, Any]]:
+    """Every command once; title to result."""
+    everywhere, fold = flags(places), ["--fold", FOLD]
+    two = ["--workers", 2, "--worker-cpus", 0.5]
+    results = {
+        "teacher": run("extract_teacher", *everywhere),
+        "features": run("extract_features", *everywhere, "--coarse-res", 28),
+        "distill": run("distill", *everywhere, *two),
+        "bake": run("bake_embeddings", *everywhere),
+        "4d": run("train_episodic", *everywhere, *fold),
+        "compact": run("train_episodic", *everywhere, *fold, "--variant", "compact", *two),
+    }
+    for method in ("prototype", "nearest"):
+        results[f"score {method}"] = run("evaluate", *everywhere, *fold, "--method", method)
+    for variant in ("compact", "4d"):
+        results[f"score {variant}"] = run("evaluate", *everywhere, *fold, "--variant", variant)
+    return results
 
 
 def result_of(done: subprocess.CompletedProcess) -> dict:

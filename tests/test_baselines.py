@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fsdino.baselines import TOP_K, contrast_logits, nearest_logits, prototype_logits
+from fsdino.baselines import TOP_K, nearest_logits, prototype_logits, two_prototype_logits
 
 GRID = 6
 
@@ -24,7 +24,7 @@ def cosine(a, b):
 @pytest.mark.parametrize("shots", [1, 2])
 def test_prototypes_are_means_over_all_shots(shots):
     late, masks, query = episode(shots)
-    contrast, prototype = contrast_logits(late, masks, query), prototype_logits(late, masks, query)
+    contrast, prototype = two_prototype_logits(late, masks, query), prototype_logits(late, masks, query)
     for b in range(2):
         inside = torch.stack(
             [late[b, k, :, y, x] for k in range(shots) for y in range(1, 4) for x in range(2, 5)]

@@ -14,7 +14,16 @@ from feature_store.layout import shard_key, shard_rows
 from tests.servers import range_server
 
 FINGERPRINT = Fingerprint(
-    feature="late", model="m", weights="w1", layers="l", res_px=56, grid=4, channels=8, view_seed=0, preprocessing="p"
+    feature="late",
+    model="m",
+    weights="w1",
+    layer="l",
+    norm="none",
+    res_px=56,
+    grid=4,
+    channels=8,
+    view_seed=0,
+    preprocessing="p",
 )
 ROWS = [Row(f"image {i}", 0, f"/photos/image {i}.jpg") for i in range(50)]
 SAMPLE = 4 * 4 * 8 * 2  # bytes in the cache

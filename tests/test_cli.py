@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from feature_store import Fingerprint, Row, create
-from pipelines import evaluate, extract_features, predict, train_episodic
+from pipelines import evaluate, extract_features, extract_teacher, predict, train_episodic
 from pipelines.cli import main, parse
 from pipelines.recipes import RECIPES
 
@@ -94,14 +94,12 @@ def test_a_missing_store(capsys, shapes_root, tmp_path):
     assert "late@70: expected a feature store, found none; extract it first" in line
 
 
-def test_a_store_of_another_encoder(capsys, shapes_root, tmp_path):
-    fingerprint = Fingerprint(
-        "late", "other", "abc", "l", res_px=70, grid=5, channels=48, view_seed=0, preprocessing="p"
-    )
-    create(str(tmp_path / "shapes" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
+def test_a_store_of_other_weights(capsys, shapes_root, tmp_path):
+    fingerprint = Fingerprint("late", "tiny_vit", "abc", "block3", "final", 70, 5, 48, view_seed=0, preprocessing="v1")
+    create(str(tmp_path / "shapes" / "tiny_vit" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
     arguments = ["--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--features", "late"]
     line = mistake(capsys, extract_features, *arguments)
-    assert "another store is in the way (model: expected tiny_vit, got other; weights: expected" in line
+    assert "another store is in the way (weights: expected" in line
 
 
 def test_a_resolution_that_the_encoder_cannot_take(capsys, shapes_root, tmp_path):
@@ -121,12 +119,12 @@ def test_a_flag_overrides_its_recipe_and_leaves_the_rest():
     settings = parse(train_episodic.Settings, ["--recipe", "offline", "--fold", "2", "--lr", "0.5"])
     recipe = RECIPES["offline"]()
     assert settings.episodic.lr == 0.5 and settings.fold == 2
-    assert settings.episodic.batch == recipe.episodic.batch and settings.encoding == recipe.encoding
+    assert settings.episodic.batch == recipe.episodic.batch and settings.backbone == recipe.backbone
 
 
 def test_the_paper_is_the_default_recipe_and_states_its_numbers():
     settings = parse(train_episodic.Settings, ["--fold", "1"])
-    assert (settings.encoding.encoder, settings.encoding.res) == ("dinov2_vitb14", 518)
+    assert (settings.backbone.encoder, settings.backbone.res) == ("dinov2_vitb14", 518)
     assert (settings.episodic.epochs, settings.episodic.batch, settings.episodic.lr) == (100, 8, 1e-3)
     assert RECIPES["paper"]().distillation.distill_res == (126, 252, 518)
     assert RECIPES["paper"]().teaching.teacher == "sam_vit_h"
@@ -174,10 +172,13 @@ def test_a_damaged_checkpoint(capsys, photo, tmp_path):
 
 
 def test_training_on_the_store_of_another_encoder(capsys, shapes_root, tmp_path):
-    fingerprint = Fingerprint("late", "dinov2_vitb14", "abc", "l", 70, 5, 48, view_seed=0, preprocessing="p")
-    create(str(tmp_path / "shapes" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
+    fingerprint = Fingerprint("late", "dinov2_vitb14", "abc", "l", "none", 70, 5, 48, view_seed=0, preprocessing="p")
+    create(str(tmp_path / "shapes" / "tiny_vit" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
     line = mistake(capsys, train_episodic, "--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--fold", 0)
-    assert "the store was made otherwise (model: expected tiny_vit, got dinov2_vitb14)" in line
+    assert (
+        "fingerprint mismatch (model: expected tiny_vit, got dinov2_vitb14; layer: expected block3, got l; norm:"
+        in line
+    )
 
 
 def test_no_step_at_all(capsys, shapes_root):
@@ -187,7 +188,7 @@ def test_no_step_at_all(capsys, shapes_root):
 
 def test_relative_weight_files_are_found_by_workers_in_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    weights = ["--decoder-weights", "sam.pth", "--encoder-weights", "hf:someone/net"]
-    settings = parse(train_episodic.Settings, ["--recipe", "tiny", "--fold", "0", *weights])
-    assert settings.model.decoder_weights == str(tmp_path / "sam.pth")
-    assert settings.encoding.encoder_weights == "hf:someone/net"
+    weights = ["--teacher-weights", "sam.pth", "--encoder-weights", "hf:someone/net"]
+    settings = parse(extract_teacher.Settings, ["--recipe", "tiny", *weights])
+    assert settings.teaching.teacher_weights == str(tmp_path / "sam.pth")
+    assert settings.backbone.encoder_weights == "hf:someone/net"

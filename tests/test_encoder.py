@@ -5,17 +5,21 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from segment_anything import sam_model_registry
 
 from fsdino.encoder import (
-    DINOV2_TIMM,
     DinoV2Encoder,
     _dinov2_to_timm,
     build_encoder,
     encoder_of_checkpoint,
     position_embedding,
+    to_input,
 )
 from fsdino.errors import UserError
-from fsdino.preprocess import read_image, resize_square, to_input
+from fsdino.preprocess import read_image, resize_square
+from fsdino.specs import DINOV2, DINOV3, LITE, SAM, encoder_spec, teacher_spec
+from fsdino.teacher import build_teacher
+from fsdino.weights import weights_digest
 from tests import reference_dinov2
 
 
@@ -47,7 +51,7 @@ def test_positions_are_the_table_itself_at_its_own_grid_and_bicubic_elsewhere():
 @pytest.mark.parametrize("name, res", [("tiny_vit", 100), ("tf_efficientnet_lite0", 100)])
 def test_a_side_that_the_encoder_cannot_take_is_a_users_mistake(name, res):
     with pytest.raises(UserError, match=f"--res {res}: .* needs a multiple of"):
-        build_encoder(name).grid(res)
+        encoder_spec(name).grid(res)
 
 
 def test_an_unknown_encoder_is_a_users_mistake():
@@ -55,9 +59,46 @@ def test_an_unknown_encoder_is_a_users_mistake():
         build_encoder("resnet")
 
 
-def test_weights_of_another_seed_have_another_digest():
-    assert build_encoder("tiny_vit", seed=0).digest == build_encoder("tiny_vit", seed=0).digest
-    assert build_encoder("tiny_vit", seed=0).digest != build_encoder("tiny_vit", seed=1).digest
+def test_weights_are_identified_by_their_files_bytes(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"abc")
+    digest = weights_digest("dinov2_vits14", tmp_path / "a.pth")
+    assert digest == "ba7816bf8f01cfea"  # SHA-256 of "abc", FIPS 180-2
+    assert weights_digest("tiny_vit") != weights_digest("tiny_sam")
+
+
+@pytest.mark.parametrize("name", [*DINOV2, *DINOV3])
+def test_a_vits_description_is_that_of_timms_network(name):
+    described = (DINOV2 | DINOV3)[name]
+    with torch.device("meta"):
+        vit = timm.create_model(described.timm, num_classes=0)
+    assert (described.width, described.depth) == (vit.embed_dim, len(vit.blocks))
+    assert described.patch_px == vit.patch_embed.patch_size[0] == encoder_spec(name).stride_px
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*LITE, "tiny_vit"])
+def test_an_encoders_description_is_what_it_computes(name):
+    spec, side = encoder_spec(name), 112
+    early, late = build_encoder(name)(torch.randn(1, 3, side, side))
+    grid = spec.grid(side)
+    assert early.shape == (1, spec.early.channels, grid, grid) and late.shape == (1, spec.late.channels, grid, grid)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*LITE, "tiny_sam"])
+def test_a_teachers_description_is_what_it_computes(name):
+    spec = teacher_spec(name)
+    side = spec.input_px(96)
+    assert build_teacher(name)(torch.randn(1, 3, side, side)).shape == (1, spec.layer.channels, *[spec.grid(96)] * 2)
+
+
+@pytest.mark.parametrize("name", SAM)
+def test_sams_description_is_that_of_segment_anything(name):
+    with torch.device("meta"):
+        encoder = sam_model_registry[SAM[name]]().image_encoder
+    spec = teacher_spec(name)
+    assert (encoder.img_size, encoder.patch_embed.proj.stride[0]) == (spec.side_px, spec.stride_px)
+    assert encoder.neck[-1].weight.shape[0] == spec.layer.channels
 
 
 @pytest.fixture(scope="module", params=["dinov2_vits14", "dinov2_vits14_reg"])
@@ -76,7 +117,7 @@ def test_features_equal_those_of_an_independent_implementation_bit_for_bit(offic
     x = torch.randn(1, 3, res, res, generator=torch.Generator().manual_seed(res))
     blocks, late = reference_dinov2.features(state, x, heads=6)
     out = encoder(x)
-    assert encoder.grid(res) == res // 14 == out.early.shape[-1]
+    assert encoder_spec(encoder.name).grid(res) == res // 14 == out.early.shape[-1]
     assert (out.early - blocks[2]).abs().max() == 0 and (out.late - late).abs().max() == 0
     assert torch.equal(encoder.early(x), out.early)
     assert (blocks[2] - blocks[11]).abs().mean() > 0.1  # layers 3 and 12 are not alike
@@ -96,7 +137,11 @@ def test_norms_of_both_layers_can_be_switched(official, tmp_path):
     normed = F.layer_norm(blocks[2].movedim(1, -1), (384,), state["norm.weight"], state["norm.bias"], 1e-6)
     torch.testing.assert_close(other(x).early, normed.movedim(-1, 1))
     assert torch.equal(other(x).late, blocks[11])
-    assert other.layers == "early=block2+norm late=block11" and encoder.layers == "early=block2 late=block11+norm"
+    both = [encoder_spec(encoder.name, early_norm=n, late_norm=not n) for n in (True, False)]
+    assert [(s.early.name, s.early.norm, s.late.name, s.late.norm) for s in both] == [
+        ("block2", "final", "block11", "none"),
+        ("block2", "none", "block11", "final"),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["plain", "reg"])
@@ -104,7 +149,7 @@ def test_norms_of_both_layers_can_be_switched(official, tmp_path):
 def test_vit_g_has_its_own_feed_forward(kind):
     """Two of its forty blocks at full width, as the whole has 4.5 GB."""
     state = reference_dinov2.random_state("g", registers=4 if kind == "reg" else 0, blocks=2)
-    timm_name = DINOV2_TIMM["dinov2_vitg14" if kind == "plain" else "dinov2_vitg14_reg"]
+    timm_name = DINOV2["dinov2_vitg14" if kind == "plain" else "dinov2_vitg14_reg"].timm
     vit = timm.create_model(timm_name, num_classes=0, depth=2)
     vit.load_state_dict(_dinov2_to_timm(state))
     x = torch.randn(1, 3, 70, 70)
@@ -128,7 +173,7 @@ def test_dinov3_satisfies_the_same_contract(tmp_path):
     x = torch.randn(2, 3, 96, 96)
     out, vit = encoder(x), vit.eval()
     everything = vit.forward_features(x)[:, vit.num_prefix_tokens :]
-    assert encoder.grid(96) == 6 and out.early.shape == out.late.shape == (2, 384, 6, 6)
+    assert encoder_spec(encoder.name).grid(96) == 6 and out.early.shape == out.late.shape == (2, 384, 6, 6)
     torch.testing.assert_close(out.late, everything.transpose(1, 2).unflatten(2, (6, 6)))
     assert torch.equal(encoder.early(x), out.early) and not torch.allclose(out.early, out.late, atol=0.1)
 
@@ -178,10 +223,11 @@ def test_positions_stay_at_full_precision_under_autocast(official):
 
 
 def test_a_checkpoint_names_its_encoder_and_refuses_other_weights():
-    digest = build_encoder("tiny_vit").digest
-    record = {"encoder": {"encoder": "tiny_vit", "encoder_weights": None, "late_norm": False}, "late": {}}
+    digest = weights_digest("tiny_vit")
+    backbone = {"encoder": "tiny_vit", "encoder_weights": None, "early_norm": False, "late_norm": False}
+    record = {"backbone": backbone, "late": {}}
     encoder = encoder_of_checkpoint(record | {"late": {"weights": digest}})
-    assert encoder.layers == "early=block2 late=block3"
+    assert (encoder.early_norm, encoder.late_norm) == (False, False)
     with pytest.raises(UserError, match=f"tiny_vit: expected the weights abc that .* got {digest}; name the right"):
         encoder_of_checkpoint(record | {"late": {"weights": "abc"}})
 

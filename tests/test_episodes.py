@@ -1,9 +1,11 @@
 import pytest
 
 from fsdino.data.episodes import EpisodeSampler
+from fsdino.data.protocols import ImageClasses
 from fsdino.errors import UserError
 
-IMAGES = {f"image{i}": [1 + i % 3] + ([4] if i % 2 else []) for i in range(24)}
+CLASSES = {f"image{i:02d}": (1 + i % 3, *([4] if i % 2 else [])) for i in range(24)}
+IMAGES = {image_id: ImageClasses(classes, classes) for image_id, classes in CLASSES.items()}
 
 
 def sampler(training=False, **changes):
@@ -16,14 +18,14 @@ def test_supports_are_distinct_never_the_query_and_show_the_class(training):
     drawn = [sampler(training).episode(i) for i in range(300)]
     for episode in drawn:
         assert len({episode.query, *episode.supports}) == 4
-        assert all(episode.class_id in IMAGES[i] for i in (episode.query, *episode.supports))
+        assert all(episode.class_id in CLASSES[i] for i in (episode.query, *episode.supports))
         assert len(episode.views) == 4
 
 
 def test_test_queries_come_in_order_and_draw_every_class_of_the_image():
     drawn = [sampler().episode(i) for i in range(24 * 20)]
     assert [e.query for e in drawn[:24]] == sorted(IMAGES)
-    assert {e.class_id for e in drawn if e.query == "image1"} == {2, 4}
+    assert {e.class_id for e in drawn if e.query == "image01"} == {2, 4}
     assert all(set(e.views) == {0} for e in drawn)
 
 
@@ -33,7 +35,7 @@ def test_training_draws_every_view():
 
 @pytest.mark.parametrize("balance, expected", [(0.0, 0.1), (0.5, 0.25), (1.0, 0.5)])
 def test_balance_draws_rare_classes_more_often(balance, expected):
-    images = {f"image{i}": [1 if i < 36 else 2] for i in range(40)}
+    images = {f"image{i}": ImageClasses((c := (1 if i < 36 else 2,)), c) for i in range(40)}
     balanced = EpisodeSampler(images, shots=1, fold=0, seed=0, training=True, balance=balance)
     share = sum(balanced.episode(i).class_id == 2 for i in range(1000)) / 1000
     assert abs(share - expected) < 0.04

@@ -21,7 +21,16 @@ from tests.conftest import ROOT, command, result_of
 from tests.servers import FAULTS, FaultProxy, environment, free_port
 
 FINGERPRINT = Fingerprint(
-    feature="late", model="m", weights="w1", layers="l", res_px=56, grid=4, channels=64, view_seed=0, preprocessing="p"
+    feature="late",
+    model="m",
+    weights="w1",
+    layer="l",
+    norm="none",
+    res_px=56,
+    grid=4,
+    channels=64,
+    view_seed=0,
+    preprocessing="p",
 )
 ROWS = [Row(f"image {i}", 0, f"/photos/image {i}.jpg") for i in range(32 * 20 + 7)]
 DATA = np.random.default_rng(0).standard_normal((len(ROWS), 4, 4, 64)).astype(np.float16)
@@ -73,7 +82,9 @@ def test_a_store_that_does_not_answer_stops_the_job_with_one_line(tmp_path):
     with environment(
         AWS_ENDPOINT_URL=f"http://127.0.0.1:{free_port()}", AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b"
     ):
-        with pytest.raises(StoreFault, match=r"s3://features/x/.*failed 6 times.*run the same command again") as caught:
+        with pytest.raises(
+            StoreFault, match=r"s3://features/x/.*failed 6 times.*fix this and rerun to resume"
+        ) as caught:
             create("s3://features/x", FINGERPRINT, ROWS)
     assert "\n" not in str(caught.value)
 
@@ -104,7 +115,7 @@ def test_a_full_disk_stops_with_one_line_and_goes_on_after_space_is_made(tmp_pat
     with small_disk(tmp_path / "disk", 1) as disk:
         (disk / "ballast").write_bytes(bytes(500_000))
         url = str(disk / "late@56")
-        with pytest.raises(StoreFault, match="no space left there; make some and run the same command again") as caught:
+        with pytest.raises(StoreFault, match="no space left there; make some and rerun to resume") as caught:
             write(url)
         assert "\n" not in str(caught.value) and not list(disk.rglob("*.partial"))
         done = 21 - len(ShardWriter(url).missing())
@@ -209,7 +220,7 @@ def kill_until_done(arguments, folder, rng, kills):
 
 def disturb(job, folder, rng, kills, done):
     """Kill at random moments until the job is gone or `kills` are done: now and then in its start, else in its work."""
-    words = {"actor": ("ray::", "Compute"), "raylet": ("raylet/raylet",)}
+    words = {"actor": ("ray::", "Extract"), "raylet": ("raylet/raylet",)}
     before, began, early = len(list(folder.glob("markers/*"))), time.monotonic(), rng.random() < 0.2
     victim, wait = rng.choice(["driver", "actor", "actor", "raylet"]), rng.uniform(0, 20 if early else 4)
     while sum(done.values()) < kills and job.poll() is None:
@@ -243,13 +254,12 @@ def test_an_extraction_killed_at_random_moments_equals_an_undisturbed_one(shapes
     killed, rng = 0, random.Random(kills)
     while killed < kills:
         store = tmp_path / f"killed-{killed}" / "stores"
-        done = kill_until_done(
-            extraction(shapes_root, store, views), store / "shapes" / "late@70", rng, min(10, kills - killed)
-        )
+        folder = store / "shapes" / "tiny_vit" / "late@70"
+        done = kill_until_done(extraction(shapes_root, store, views), folder, rng, min(10, kills - killed))
         killed += sum(done.values())
         print(f"{killed} kills: {done}", flush=True)
         for name in ("early@70", "late@70", "early@28"):
-            left = snapshot(str(store / "shapes" / name))
+            left = snapshot(str(store / "shapes" / "tiny_vit" / name))
             assert {n: d for n, d in left.items() if not n.endswith(".partial")} == snapshot(
-                str(whole / "shapes" / name)
+                str(whole / "shapes" / "tiny_vit" / name)
             )

@@ -9,7 +9,9 @@ from PIL import Image
 
 from feature_store import FeatureStore, Fingerprint, Row, create
 from fsdino.data.episodes import EpisodeSampler
-from fsdino.data.voc import VocDataset, binary_label
+from fsdino.data.masks import binary_label
+from fsdino.data.protocols import HDMNET
+from fsdino.data.voc import VocDataset
 from pipelines.loading import EpisodeLoader
 
 GRID = 7
@@ -20,7 +22,9 @@ def loader(shapes_root, tmp_path_factory):
     """Every feature holds its image's number, and the row and column it lies at."""
     dataset = VocDataset(shapes_root)
     ids = [*dataset.ids("train"), *dataset.ids("val")]
-    fingerprint = Fingerprint("late", "m", "w", "l", res_px=98, grid=GRID, channels=3, view_seed=0, preprocessing="p")
+    fingerprint = Fingerprint(
+        "late", "m", "w", "l", "none", res_px=98, grid=GRID, channels=3, view_seed=0, preprocessing="p"
+    )
     url = str(tmp_path_factory.mktemp("stores") / "late@98")
     writer = create(url, fingerprint, [Row(i, 0, i) for i in ids])
     y, x = np.mgrid[:GRID, :GRID]
@@ -34,7 +38,7 @@ def loader(shapes_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def episode(loader):
-    sampler = EpisodeSampler(loader.dataset.training_images(0), shots=2, fold=0, seed=0, training=True)
+    sampler = EpisodeSampler(HDMNET.training_images(loader.dataset, 0), shots=2, fold=0, seed=0, training=True)
     return sampler.episode(3)
 
 
@@ -63,7 +67,7 @@ def test_a_mirrored_image_has_mirrored_features_and_label(loader, episode):
 
 
 def test_batches_come_in_order_and_as_if_loaded_one_by_one(loader):
-    sampler = EpisodeSampler(loader.dataset.training_images(1), shots=1, fold=1, seed=0, training=True)
+    sampler = EpisodeSampler(HDMNET.training_images(loader.dataset, 1), shots=1, fold=1, seed=0, training=True)
     indices = [range(0, 3), range(3, 6), range(6, 9)]
     batches = list(loader.batches(sampler, iter(indices)))
     assert [e for b in batches for e in b.episodes] == [sampler.episode(i) for i in range(9)]
@@ -71,7 +75,9 @@ def test_batches_come_in_order_and_as_if_loaded_one_by_one(loader):
 
 
 def test_a_plain_episode_shows_its_images_unmirrored(loader):
-    sampler = EpisodeSampler(loader.dataset.training_images(1), shots=1, fold=1, seed=0, training=True, flip=True)
+    sampler = EpisodeSampler(
+        HDMNET.training_images(loader.dataset, 1), shots=1, fold=1, seed=0, training=True, flip=True
+    )
     for index in range(10):
         batch = loader.load([sampler.episode(index).plain()])
         assert batch.query_late[0, 2, 0].tolist() == list(range(GRID))

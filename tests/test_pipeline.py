@@ -1,13 +1,11 @@
-"""The whole way with the tiny recipe, by the real commands, on a real Ray and a real MLflow database."""
+"""The whole way with the tiny recipe, by the real commands, on a real Ray and a real MLflow database.
+
+Commands run in this process, on one Ray; those that are killed are in test_kills.py.
+"""
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 import uuid
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,66 +15,79 @@ import torch.nn.functional as F
 from PIL import Image
 
 from feature_store import FeatureStore, tools
-from fsdino.encoder import build_encoder
-from fsdino.preprocess import read_image, resize_square, to_input
+from fsdino.encoder import build_encoder, to_input
+from fsdino.errors import UserError
+from fsdino.preprocess import read_image, resize_square
 from fsdino.segmenter import Segmenter
 from pipelines import tracking
-from tests.conftest import ROOT, command, result_of
-
-FOLD = 1
+from tests.conftest import FOLD, TRAINED, command, flags, result_of, run, stop_ray
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory, shapes_root):
-    base = tmp_path_factory.mktemp("run")
-    return {
-        "--recipe": "tiny",
-        "--data": shapes_root,
-        "--store": base / "stores",
-        "--out": base / "runs",
-        "--tracking-uri": f"sqlite:///{base / 'mlflow.db'}",
-    }
-
-
-def flags(places, *names):
-    chosen = places if not names else {n: places[n] for n in names}
-    return [part for pair in chosen.items() for part in pair]
-
-
-@pytest.fixture(scope="module")
-def whole_run(places):
-    """Every command once; title to result."""
-    extracting, everywhere = flags(places), flags(places)
-    fold = ["--fold", FOLD]
-    two = ["--workers", 2, "--worker-cpus", 0.5]
-    results = {
-        "teacher": result_of(command("extract_teacher", *extracting)),
-        "features": result_of(command("extract_features", *extracting, "--coarse-res", 28)),
-        "distill": result_of(command("distill", *everywhere, *two)),
-        "bake": result_of(command("bake_embeddings", *everywhere)),
-        "4d": result_of(command("train_episodic", *everywhere, *fold)),
-        "compact": result_of(command("train_episodic", *everywhere, *fold, "--variant", "compact", *two)),
-    }
-    for method in ("prototype", "nearest"):
-        results[f"score {method}"] = result_of(command("evaluate", *everywhere, *fold, "--method", method))
-    for variant in ("compact", "4d"):
-        results[f"score {variant}"] = result_of(command("evaluate", *everywhere, *fold, "--variant", variant))
-    return results
-
-
-def test_every_step_of_the_way_ends_in_its_result(whole_run, shapes_root):
+def test_every_step_of_the_way_ends_in_its_result(whole_run, places):
     assert whole_run["teacher"]["samples"] == whole_run["teacher"]["computed"] == 120
     assert whole_run["features"]["samples"] == whole_run["features"]["computed"] == (120 * 2 + 40) + 120
     assert [stage["res_px"] for stage in whole_run["distill"]["stages"]] == [28, 70]
     assert whole_run["4d"]["steps"] == 10 and whole_run["4d"]["loss"] > 0
+    folder = Path(places["--out"]) / TRAINED
+    assert whole_run["distill"]["adapter"] == str(folder / "distill-tiny_sam" / "final")
+    assert whole_run["4d"]["checkpoint"] == str(folder / f"fold{FOLD}-4d" / "final")
     for method in ("prototype", "nearest", "compact", "4d"):
         score = whole_run[f"score {method}"]
-        keys = "dataset protocol fold shots episodes seed variant miou fb_iou per_class"
-        assert list(score) == keys.split()
-        assert (score["dataset"], score["protocol"], score["variant"]) == ("shapes", "pfenet", method)
-        assert 0 <= score["miou"] <= 1 and np.isclose(
-            score["miou"], np.mean(list(score["per_class"].values())), atol=1e-5
-        )
+        assert list(score) == "dataset protocol fold shots episodes seed variant miou fb_iou per_class".split()
+        assert (score["dataset"], score["protocol"], score["variant"]) == ("shapes", "hdmnet", method)
+
+
+def test_stores_lie_by_data_set_model_feature_and_resolution(whole_run, places):
+    adapter = json.loads((Path(whole_run["distill"]["adapter"]) / "adapter.json").read_text())
+    lie = {str(Path(url).relative_to(places["--store"])) for url in tools.find(str(places["--store"]))}
+    assert lie == {
+        "shapes/tiny_sam/teacher@70",
+        "shapes/tiny_vit/early@28",
+        "shapes/tiny_vit/early@70",
+        "shapes/tiny_vit/late@70",
+        f"shapes/tiny_vit-adapter-{adapter['digest'][:8]}/embedding@70",
+    }
+
+
+def test_an_embedding_store_says_what_it_was_baked_from(whole_run):
+    embedding = FeatureStore(whole_run["bake"]["stores"][0]).fingerprint
+    early = FeatureStore(whole_run["features"]["stores"][0]).fingerprint
+    assert embedding.made_from == early and (early.layer, early.norm) == ("block2", "none")
+    late = FeatureStore(whole_run["features"]["stores"][1]).fingerprint
+    assert (late.layer, late.norm, late.made_from) == ("block3", "final", None)
+
+
+def recounted(folder: Path, labels: Path, classes: dict[str, int]) -> dict[str, float]:
+    """mIoU and FB-IoU from the masks that an evaluation saved, with Python's own sets of pixels."""
+    sums = {class_id: [0, 0] for class_id in classes.values()}
+    both = [[0, 0], [0, 0]]
+    for path in sorted(folder.iterdir()):
+        _, class_id, query = path.stem.split("_", 2)
+        label = np.array(Image.open(labels / f"{query}.png")).ravel().tolist()
+        mask = np.array(Image.open(path)).ravel().tolist()
+        seen = [(m > 0, truth == int(class_id)) for m, truth in zip(mask, label, strict=True) if truth != 255]
+        for side in (0, 1):
+            intersection = sum(m == side and t == side for m, t in seen)
+            union = sum(m == side or t == side for m, t in seen)
+            both[side][0] += intersection
+            both[side][1] += union
+            if side:
+                sums[int(class_id)][0] += intersection
+                sums[int(class_id)][1] += union
+    ious = [i / u for i, u in sums.values() if u]
+    return {"miou": sum(ious) / len(ious), "fb_iou": sum(i / u for i, u in both) / 2}
+
+
+def test_scores_are_those_of_the_masks_counted_anew(whole_run, places, shapes_root, tmp_path):
+    saved = run("evaluate", *flags(places), "--fold", FOLD, "--masks", tmp_path / "masks")
+    assert saved["miou"] == whole_run["score 4d"]["miou"] and len(list((tmp_path / "masks").iterdir())) == 20
+    names = (shapes_root / "classes.txt").read_text().split()
+    classes = {name: names.index(name) + 1 for name in saved["per_class"]}
+    assert set(classes.values()) <= {4, 5, 6}
+    expected = recounted(tmp_path / "masks", shapes_root / "SegmentationClassAug", classes)
+    assert saved["miou"] == pytest.approx(expected["miou"], abs=1e-12)
+    assert saved["fb_iou"] == pytest.approx(expected["fb_iou"], abs=1e-12)
+    assert saved["miou"] == pytest.approx(np.mean(list(saved["per_class"].values())), abs=1e-6)
 
 
 def test_stored_features_are_those_of_the_encoder(whole_run, places):
@@ -101,8 +112,8 @@ def test_distillation_lowers_the_error_at_every_resolution(whole_run, places):
 
 
 def test_the_ridge_regression_of_a_stage_is_the_least_squares_fit_of_its_stores(whole_run, places):
-    early = FeatureStore(f"{places['--store']}/shapes/early@28")
-    teacher = FeatureStore(f"{places['--store']}/shapes/teacher@70")
+    early = FeatureStore(whole_run["features"]["stores"][2])
+    teacher = FeatureStore(whole_run["teacher"]["stores"][0])
     ids = [s.sample_id for s in teacher.samples]
     order = np.random.default_rng([0]).permutation(len(ids))
     held_out, trained = order[:6], order[6:]
@@ -142,9 +153,9 @@ def test_mlflow_holds_settings_curves_fingerprints_pictures_and_the_model(whole_
     assert set(runs) >= {f"fold{FOLD}-4d", f"fold{FOLD}-compact"}
     run = runs[f"fold{FOLD}-4d"]
     assert run.info.status == "FINISHED"
-    assert run.data.params["variant"] == "4d" and run.data.params["lr"] == "0.001"
+    assert run.data.params["model.variant"] == "4d" and run.data.params["episodic.lr"] == "0.001"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == list(range(1, 11))
-    assert "'feature': 'late'" in run.data.tags["store.late"] and "commit" in run.data.tags
+    assert "'feature': 'late'" in run.data.tags["store.late.70"] and "commit" in run.data.tags
     artifacts = {a.path for folder in ("panels", "segmenter") for a in client.list_artifacts(run.info.run_id, folder)}
     assert artifacts == {"panels/training.png", "segmenter/segmenter.json", "segmenter/segmenter.safetensors"}
     (distilled,) = client.search_runs([client.get_experiment_by_name("distill").experiment_id])
@@ -159,9 +170,18 @@ def test_mlflow_holds_settings_curves_fingerprints_pictures_and_the_model(whole_
 
 
 def test_a_finished_command_only_reports_when_it_is_run_again(whole_run, places):
-    again = result_of(command("extract_teacher", *flags(places)))
+    again = run("extract_teacher", *flags(places))
     assert again["computed"] == 0 and again["samples"] == 120
-    assert result_of(command("train_episodic", *flags(places), "--fold", FOLD))["loss"] == whole_run["4d"]["loss"]
+    assert run("distill", *flags(places), "--workers", 2, "--worker-cpus", 0.5) == whole_run["distill"]
+    assert run("train_episodic", *flags(places), "--fold", FOLD) == whole_run["4d"]
+    assert run("evaluate", *flags(places), "--fold", FOLD) == whole_run["score 4d"]
+
+
+def test_an_evaluation_of_anything_else_is_another(whole_run, places):
+    first = json.loads(next((Path(places["--out"]) / TRAINED / "scores").glob(f"fold{FOLD}-4d-*.json")).read_text())
+    assert first["identity"]["model"]["variant"] == "4d" and first["identity"]["trained"]["recipe"] == "tiny"
+    other = run("evaluate", *flags(places), "--fold", FOLD, "--test-seed", 7)
+    assert other["seed"] == 7 and other["miou"] != whole_run["score 4d"]["miou"]
 
 
 def test_predict_writes_a_mask_of_each_photographs_own_size(whole_run, shapes_root, tmp_path):
@@ -170,7 +190,7 @@ def test_predict_writes_a_mask_of_each_photographs_own_size(whole_run, shapes_ro
     wide = tmp_path / "wide.jpg"
     Image.open(shapes_root / "JPEGImages" / "shapes_000001.jpg").resize((211, 97)).save(wide)
     where = ["--checkpoint", whole_run["4d"]["checkpoint"], "--support", support, "--mask", label]
-    done = result_of(command("predict", *where, "--query", wide, support, "--out", tmp_path / "masks"))
+    done = run("predict", *where, "--query", wide, support, "--out", tmp_path / "masks")
     with Image.open(done["masks"][0]["mask"]) as mask:
         assert mask.size == (211, 97) and set(np.unique(np.array(mask))) <= {0, 255}
     assert Path(done["panel"]).exists() and len(done["masks"]) == 2
@@ -180,7 +200,7 @@ def test_predict_agrees_with_the_segmenter_called_by_hand(whole_run, shapes_root
     support = shapes_root / "JPEGImages" / "shapes_000004.jpg"
     label = shapes_root / "SegmentationClassAug" / "shapes_000004.png"
     where = ["--checkpoint", whole_run["4d"]["checkpoint"], "--support", support, "--mask", label]
-    done = result_of(command("predict", *where, "--query", support, "--out", tmp_path / "masks"))
+    done = run("predict", *where, "--query", support, "--out", tmp_path / "masks")
     segmenter, _ = Segmenter.load(whole_run["4d"]["checkpoint"])
     encoder = build_encoder("tiny_vit")
     with torch.inference_mode():
@@ -192,140 +212,113 @@ def test_predict_agrees_with_the_segmenter_called_by_hand(whole_run, shapes_root
     assert np.array_equal(np.array(Image.open(done["masks"][0]["mask"])) > 0, expected.numpy())
 
 
-# Ray's processes outlive a killed driver for a while, so a whole session of processes is killed, as a lost node would.
-def start(name, *arguments):
-    line = [sys.executable, "-m", f"pipelines.{name}", *map(str, arguments)]
-    return subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def wait_for(condition, process, seconds=120):
-    for _ in range(seconds * 20):
-        if condition():
-            return True
-        if process.poll() is not None:
-            return False
-        time.sleep(0.05)
-    raise AssertionError("nothing happened in time")
-
-
-def test_training_goes_on_after_kill_9_and_ends_at_the_undisturbed_loss(whole_run, places):
-    longer = ["--fold", FOLD, "--steps", 60]
-    undisturbed = result_of(command("train_episodic", *flags(places), *longer, "--name", "undisturbed"))
-    folder = Path(places["--out"]) / "shapes" / "killed"
-    process = start("train_episodic", *flags(places), *longer, "--name", "killed")
-    # Ray resumes from its snapshot, which follows the first checkpoint and precedes the second.
-    twice = wait_for(lambda: len(list(folder.glob("checkpoint_*/state.pt"))) >= 2, process)
-    assert twice, "it ended before it could be killed"
-    kill(process)
-    assert not (folder / "final").exists()
-    resumed = result_of(command("train_episodic", *flags(places), *longer, "--name", "killed"))
-    assert resumed["loss"] == pytest.approx(undisturbed["loss"], rel=1e-6)
-    one, other = (Segmenter.load(r["checkpoint"])[0].state_dict() for r in (undisturbed, resumed))
-    for key, value in one.items():
-        torch.testing.assert_close(value, other[key], rtol=1e-5, atol=1e-6)
-    client = tracking.MlflowClient(places["--tracking-uri"])
-    runs = client.search_runs([client.get_experiment_by_name("train").experiment_id], "run_name = 'killed'")
-    (run,) = [r for r in runs if r.data.tags.get("mlflow.runName") == "killed"]
-    steps = Counter(m.step for m in client.get_metric_history(run.info.run_id, "loss"))
-    assert set(steps) == set(range(1, 61))
-    assert steps[1] == 1, "step 1 was logged twice: the run started over"
-    assert run.info.status == "FINISHED"
-
-
 def test_a_run_with_other_settings_is_not_overwritten(whole_run, places):
-    done = command("train_episodic", *flags(places), "--fold", FOLD, "--lr", 0.5, check=False)
-    assert done.returncode == 2
-    assert "a run with other settings is there (lr: expected 0.5, got 0.001)" in done.stderr.splitlines()[-1]
+    with pytest.raises(
+        UserError, match=r"a run with other settings is there \(episodic\.lr: expected 0\.5, got 0\.001\)"
+    ):
+        run("train_episodic", *flags(places), "--fold", FOLD, "--lr", 0.5, "--name", f"fold{FOLD}-4d")
 
 
-def test_mistakes_end_with_code_2_and_one_line(whole_run, places, shapes_root, tmp_path):
-    """Each in the real command; the quick ones of the same kind are in test_cli.py."""
-    done = command("evaluate", *flags(places), "--fold", 2, "--checkpoint", whole_run["4d"]["checkpoint"], check=False)
-    assert done.returncode == 2 and "trained for fold 1" in done.stderr.splitlines()[-1]
-    record = json.loads((Path(whole_run["4d"]["checkpoint"]) / "segmenter.json").read_text())
-    assert record["commit"]
+def test_a_checkpoint_is_tested_on_the_classes_it_has_not_seen(whole_run, places):
+    with pytest.raises(UserError, match="trained for fold 1, so it knows the classes of fold 2; test its own"):
+        run("evaluate", *flags(places), "--fold", 2, "--checkpoint", whole_run["4d"]["checkpoint"])
 
 
-@pytest.mark.slow
-def test_distillation_goes_on_after_kill_9_and_ends_at_the_undisturbed_adapter(whole_run, places, tmp_path):
-    one, other = ({**places, "--out": tmp_path / name} for name in ("undisturbed", "killed"))
-    longer = ["--distill-epochs", 4]
-    undisturbed = result_of(command("distill", *flags(one), *longer))
-    folder = tmp_path / "killed" / "shapes" / "distill"
-    process = start("distill", *flags(other), *longer)
-    assert wait_for(lambda: len(list(folder.glob("checkpoint_*/state.pt"))) >= 2, process)
-    kill(process)
-    resumed = result_of(command("distill", *flags(other), *longer))
-    for a, b in zip(undisturbed["stages"], resumed["stages"], strict=True):
-        assert a["val_mse"] == pytest.approx(b["val_mse"], rel=1e-5)
+def test_features_of_other_settings_than_the_stores_are_refused(whole_run, places):
+    with pytest.raises(Exception, match=r"fingerprint mismatch \(norm: expected none, got final\)"):
+        run("evaluate", *flags(places), "--fold", FOLD, "--no-late-norm")
+    with pytest.raises(Exception, match=r"fingerprint mismatch \(view_seed: expected 3, got 0\)"):
+        run("train_episodic", *flags(places), "--fold", FOLD, "--view-seed", 3)
 
 
 @pytest.mark.slow
 def test_an_adapter_trained_along_needs_no_embeddings_and_is_scored_under_its_own_name(whole_run, places):
     arguments = [*flags(places), "--fold", FOLD, "--adapter", "joint"]
-    trained = result_of(command("train_episodic", *arguments, "--no-semantic-prompt"))
-    assert trained["checkpoint"] == f"{places['--out']}/shapes/fold{FOLD}-4d-no-svp-joint/final"
-    segmenter, _ = Segmenter.load(trained["checkpoint"])
+    trained = run("train_episodic", *arguments, "--no-semantic-prompt")
+    name = f"fold{FOLD}-4d-no-semantic-prompt-adapter-joint"
+    assert trained["checkpoint"] == f"{places['--out']}/{TRAINED}/{name}/final"
+    segmenter, record = Segmenter.load(trained["checkpoint"])
     frozen, _ = Segmenter.load(whole_run["4d"]["checkpoint"])
     assert trained["trained_parameters"] == whole_run["4d"]["trained_parameters"] + sum(
         p.numel() for p in segmenter.adapter.parameters()
     ) - sum(p.numel() for p in frozen.prompt.parameters())
-    score = result_of(command("evaluate", *arguments, "--no-semantic-prompt"))
-    assert score["variant"] == "4d-no-svp-joint"
-    done = command("bake_embeddings", *flags(places), "--adapter", "joint", check=False)
-    assert done.returncode == 2 and "nothing is to be baked" in done.stderr.splitlines()[-1]
+    assert record["adapter"]["kind"] == "joint"
+    # The checkpoint says how its adapter was made; no flag has to say it again.
+    score = run("evaluate", *flags(places), "--fold", FOLD, "--checkpoint", trained["checkpoint"])
+    assert score["variant"] == "4d-no-semantic-prompt-adapter-joint"
+    with pytest.raises(UserError, match="there is nothing to bake"):
+        run("bake_embeddings", *flags(places), "--adapter", "joint")
+
+
+@pytest.mark.slow
+def test_a_random_adapter_has_embeddings_of_its_own_beside_the_distilled_ones(whole_run, places):
+    random = [*flags(places), "--adapter", "random"]
+    (url,) = run("bake_embeddings", *random)["stores"]
+    assert url != whole_run["bake"]["stores"][0] and FeatureStore(url).fingerprint.made_from is not None
+    trained = run("train_episodic", *random, "--fold", FOLD)
+    score = run("evaluate", *flags(places), "--fold", FOLD, "--checkpoint", trained["checkpoint"])
+    assert score["variant"] == "4d-adapter-random"
 
 
 @pytest.mark.slow
 def test_two_workers_train_what_one_does(whole_run, places, tmp_path):
     """The shares of a batch are equal, so the mean of their gradients is the batch's."""
-    alone = result_of(command("distill", *flags({**places, "--out": tmp_path / "one"})))
+    alone = run("distill", *flags({**places, "--out": tmp_path / "one"}))
     for a, b in zip(alone["stages"], whole_run["distill"]["stages"], strict=True):
         assert a["val_mse"] == pytest.approx(b["val_mse"], rel=1e-3)
 
 
 def test_relative_paths_mean_the_same_place_to_the_workers(whole_run, places):
     """Ray's workers have working folders of their own."""
-    relative = {k: os.path.relpath(v, ROOT) if k in ("--data", "--store", "--out") else v for k, v in places.items()}
-    result = result_of(command("train_episodic", *flags(relative), "--fold", FOLD, "--steps", 2, "--name", "relative"))
-    assert (Path(places["--out"]) / "shapes" / "relative" / "final" / "segmenter.json").exists()
-    assert result["checkpoint"] == str(Path(places["--out"]) / "shapes" / "relative" / "final")
+    relative = {
+        k: os.path.relpath(v, os.getcwd()) if k in ("--data", "--store", "--out") else v for k, v in places.items()
+    }
+    result = run("train_episodic", *flags(relative), "--fold", FOLD, "--steps", 2, "--name", "relative")
+    final = Path(places["--out"]) / TRAINED / "relative" / "final"
+    assert (final / "segmenter.json").exists() and result["checkpoint"] == str(final)
 
 
 def test_a_cluster_too_small_is_said_at_once(whole_run, places):
-    done = command(
-        "train_episodic",
-        *flags(places),
-        "--fold",
-        FOLD,
-        "--name",
-        "big",
-        "--workers",
-        4,
-        "--worker-cpus",
-        64,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "4 workers with 64 CPU each: expected a cluster with 256 CPU" in done.stderr.splitlines()[-1]
+    with pytest.raises(UserError, match="4 workers of 64 CPU: expected a cluster with 256 CPU"):
+        run("train_episodic", *flags(places), "--fold", FOLD, "--name", "big", "--workers", 4, "--worker-cpus", 64)
 
 
-def test_a_report_holds_every_method(whole_run, places):
-    done = command("report", *flags(places, "--recipe", "--tracking-uri"), "--dataset", "shapes", "--episodes", 20)
-    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert set(rows[1:]) == {"prototype", "nearest", "compact", "4d"}
-    assert result_of(done)["methods"]["4d"][str(FOLD)]["miou"] == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)
+def test_an_error_in_a_worker_reaches_the_user_as_it_was_raised(whole_run, places, tmp_path):
+    """A store that is damaged after the driver opened it: its own error, not Ray's."""
+    copy = tmp_path / "stores"
+    for url in tools.find(str(places["--store"])):
+        tools.copy(url, f"{copy}/{Path(url).relative_to(places['--store'])}")
+    shard = copy / "shapes" / "tiny_vit" / "late@70" / "c" / "0" / "0" / "0" / "0"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    damaged = {**places, "--store": copy}
+    with pytest.raises(Exception, match=r"late@70: shard 0 has a damaged index") as caught:
+        run("train_episodic", *flags(damaged), "--fold", FOLD, "--name", "damaged")
+    assert type(caught.value).__name__ == "StoreError"
+
+
+def test_a_report_holds_every_method(whole_run, places, capsys):
+    result = run("report", *flags(places, "--recipe", "--tracking-uri"), "--dataset", "shapes", "--episodes", 20)
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert set(rows[1:]) >= {"prototype", "nearest", "compact", "4d"}
+    assert result["methods"]["4d"][str(FOLD)]["miou"] == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)
+
+
+def test_a_study_skips_what_is_done_and_ends_with_its_table(whole_run, places, capsys):
+    arguments = [*flags(places), "--folds", FOLD, "--shots", 1, "--methods", "prototype", "--variants", "compact", "4d"]
+    two = ["--workers", 1]
+    result = run("reproduce", *arguments, *two)
+    scores = {name: folds[str(FOLD)]["miou"] for name, folds in result["scores"]["1-shot"].items()}
+    for method in ("prototype", "compact", "4d"):
+        assert scores[method] == pytest.approx(whole_run[f"score {method}"]["miou"], abs=1e-6)
+    captured = capsys.readouterr()
+    assert "| shapes, 1-shot, mIoU (FB-IoU) |" in captured.out and "100%" in captured.err
+    log = (Path(places["--out"]) / "reproduce.log").read_text()
+    assert "distil (distill)" in log and "extracting" not in log
 
 
 @pytest.mark.slow
 def test_extraction_and_training_on_s3_equal_those_on_disk(whole_run, places, s3_endpoint, tmp_path):
+    stop_ray()  # its workers know nothing of the endpoint
     remote = f"s3://features/{uuid.uuid4().hex}/stores"
     elsewhere = {**places, "--store": remote}
     command("extract_features", *flags(elsewhere), "--coarse-res", 28)
@@ -336,7 +329,6 @@ def test_extraction_and_training_on_s3_equal_those_on_disk(whole_run, places, s3
         else:
             tools.copy(local, url)
     cached = ["--cache", tmp_path / "cache", "--cache-gb", 1]
-    arguments = [*flags(elsewhere), "--fold", FOLD, "--name", "from-s3", *cached]
-    result = result_of(command("train_episodic", *arguments))
+    result = result_of(command("train_episodic", *flags(elsewhere), "--fold", FOLD, "--name", "from-s3", *cached))
     assert result["loss"] == whole_run["4d"]["loss"]
     assert len([p for p in (tmp_path / "cache").glob("*/*") if p.name.isdigit()]) > 10

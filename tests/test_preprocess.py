@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fsdino.data.masks import read_label, read_mask
+from fsdino.encoder import to_input
 from fsdino.errors import UserError
-from fsdino.preprocess import read_image, read_label, read_mask, resize_square, to_input
+from fsdino.preprocess import read_image, resize_square
 
 
 @pytest.fixture

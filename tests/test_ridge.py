@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsdino.ridge import RidgeRegression, predict
+from fsdino.ridge import RidgeRegression, apply
 
 
 def test_a_linear_map_is_found_again_from_several_batches_and_grids():
@@ -19,7 +19,7 @@ def test_a_linear_map_is_found_again_from_several_batches_and_grids():
         x = torch.randn(batch, 3, grid, grid)
         fit.add(x, target(x))
     x = torch.randn(2, 3, 5, 5)
-    assert torch.allclose(predict(fit.solve(0.0), x), target(x), atol=1e-10)
+    assert torch.allclose(apply(fit.solve(0.0), x), target(x), atol=1e-10)
 
 
 def test_the_penalty_is_that_of_the_closed_form_and_spares_the_bias():

@@ -17,7 +17,7 @@ from feature_store.layout import shard_key, shard_rows
 from feature_store.lock import locked
 from tests.servers import range_server
 
-FINGERPRINT = Fingerprint("late", "m", "w", "l", 28, 2, 2, view_seed=0, preprocessing="p")
+FINGERPRINT = Fingerprint("late", "m", "w", "l", "none", 28, 2, 2, view_seed=0, preprocessing="p")
 ROWS = [Row(f"image{i}", 0, f"image{i}.jpg") for i in range(40)]
 DATA = np.full((40, 2, 2, 2), 3, np.float16)
 DATA[..., 0] = np.arange(40)[:, None, None]
@@ -42,7 +42,7 @@ def tool(*arguments):
 
 
 def test_ls_lists_sealed_and_unfinished_stores(store, tmp_path):
-    fingerprint = Fingerprint("early", "m2", "w", "l", 28, 2, 2, view_seed=0, preprocessing="p")
+    fingerprint = Fingerprint("early", "m2", "w", "l", "none", 28, 2, 2, view_seed=0, preprocessing="p")
     create(str(tmp_path / "stores" / "set" / "early@28"), fingerprint, ROWS)
     done, result = tool("ls", tmp_path / "stores")
     assert done.returncode == 0

@@ -18,8 +18,9 @@ from segment_anything.build_sam import sam_model_registry
 from fsdino import weights
 from fsdino.encoder import build_encoder
 from fsdino.errors import UserError
-from fsdino.teacher import build_teacher, sam_decoder_state
-from fsdino.weights import PUBLISHED, Published, fetch, load_state
+from fsdino.state import load_state, sam_decoder_state
+from fsdino.teacher import build_teacher
+from fsdino.weights import PUBLISHED, Published, fetch
 from tests import reference_dinov2
 
 BODY = bytes(range(256)) * 5000
@@ -139,7 +140,7 @@ def test_a_server_without_ranges_starts_from_the_beginning(server, cache):
 
 
 def test_a_connection_that_never_gets_further_is_given_up(server, cache):
-    with pytest.raises(UserError, match=r"broke off after 400000 bytes\); run again to go on"):
+    with pytest.raises(UserError, match=r"broke off after 400000 bytes\); rerun to resume"):
         fetch("name", Published(f"{server}/stuck/file.pth", None))
     assert len(Handler.asked) == weights.TRIES
 
@@ -275,7 +276,7 @@ def test_sams_full_size_checkpoint_is_fetched_and_loaded_into_teacher_and_decode
     teacher, decoder = build_teacher("sam_vit_b"), sam_decoder_state("sam_vit_b")
     assert torch.equal(teacher.image_encoder.patch_embed.proj.weight, sam.image_encoder.patch_embed.proj.weight)
     gaussian = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
-    assert torch.equal(decoder["encoding.gaussian"], gaussian) and len(Handler.asked) == 1
+    assert torch.equal(decoder["positional_encoding.gaussian"], gaussian) and len(Handler.asked) == 1
 
 
 def test_a_hub_id_that_cannot_be_had_says_so(cache, monkeypatch):

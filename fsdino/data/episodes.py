@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fsdino.data.protocols import ImageClasses
 from fsdino.errors import UserError
 
 TRAIN, TEST = 0, 1
@@ -30,17 +31,17 @@ class Episode:
 
 
 class EpisodeSampler:
-    """Episodes over images that are each annotated with the classes that count in them.
+    """Episodes over images that are each annotated with their classes (see Protocol.images).
 
-    Test episodes go through the query images in order and draw the class among those in the image, as PFENet does.
-    Training draws the query uniformly, or, with `balance` above 0, the class first, by its
-    number of images to the power 1 - `balance` (1: every class alike); then each image's view, whether its features
-    are mirrored (`flip`, one half). Supports are distinct and never the query.
+    Test queries come in the images' order. Training draws the query uniformly, or, with `balance` above 0, the class
+    first, by its number of images to the power 1 - `balance` (1: all equally likely), then one of its images. Training
+    also draws each image's view, and whether its features are mirrored (`flip`, one half). Supports are distinct and
+    never the query.
     """
 
     def __init__(
         self,
-        images: Mapping[str, list[int]],
+        images: Mapping[str, ImageClasses],
         *,
         shots: int,
         fold: int,
@@ -52,21 +53,21 @@ class EpisodeSampler:
     ):
         self.images = sorted(images)
         self.by_class: dict[int, list[str]] = {}
-        for image_id in self.images:
-            for class_id in images[image_id]:
+        for image_id, classes in images.items():
+            for class_id in classes.listed:
                 self.by_class.setdefault(class_id, []).append(image_id)
         short = [c for c, members in self.by_class.items() if len(members) <= shots]
         if short or not self.images:
-            found = {c: len(self.by_class[c]) for c in sorted(short)} or "no image at all"
+            counts = {c: len(self.by_class[c]) for c in sorted(short)} or "no image at all"
             raise UserError(
                 f"fold {fold}: expected at least {shots + 1} images of every class for {shots}-shot episodes, "
-                f"got {found}; use fewer shots or more images"
+                f"got {counts}; use fewer shots or more images"
             )
-        self.classes = {image_id: sorted(images[image_id]) for image_id in self.images}
+        self.classes = {image_id: classes.drawn for image_id, classes in images.items()}
         self.shots, self.fold, self.seed, self.training = shots, fold, seed, training
         self.num_views, self.flip = num_views, flip
-        counts = np.array([len(self.by_class[c]) for c in sorted(self.by_class)], float)
-        self.class_shares = counts ** (1 - balance) / (counts ** (1 - balance)).sum() if balance > 0 else None
+        sizes = np.array([len(self.by_class[c]) for c in sorted(self.by_class)], float)
+        self.class_shares = sizes ** (1 - balance) / (sizes ** (1 - balance)).sum() if balance > 0 else None
 
     def episode(self, index: int) -> Episode:
         """The episode of that index."""

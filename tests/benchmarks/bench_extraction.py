@@ -20,12 +20,16 @@ import numpy as np
 import torch
 import tyro
 
-from feature_store import Row, create
+from feature_store import Fingerprint, Row, create
 from feature_store.layout import num_shards
-from fsdino.encoder import build_encoder
-from fsdino.preprocess import read_image, resize_square, to_input
-from pipelines import extract_features, stages
+from fsdino.encoder import build_encoder, to_input
+from fsdino.preprocess import read_image, resize_square
+from fsdino.specs import encoder_spec
+from fsdino.weights import weights_digest
+from pipelines import cluster, extraction
+from pipelines.networks import EncoderPlan
 from pipelines.recipes import RECIPES
+from pipelines.stages import Decode, Extract
 from tests.benchmarks.provenance import provenance
 
 
@@ -51,11 +55,11 @@ def bare(sources: Sequence[str], recipe: str, threads: int, ready: Any, go: Any)
     """One process of the bare loop: the same decoding and the same network, nothing written."""
     torch.set_num_threads(threads)
     chosen = RECIPES[recipe]()
-    encoder = build_encoder(chosen.encoding.encoder)
+    encoder = build_encoder(chosen.backbone.encoder)
     batch = chosen.extraction.forward_batch
 
     def features(paths: Sequence[str]) -> list[np.ndarray]:
-        pixels = np.stack([resize_square(read_image(path), chosen.encoding.res) for path in paths])
+        pixels = np.stack([resize_square(read_image(path), chosen.backbone.res) for path in paths])
         with torch.inference_mode():
             out = encoder(to_input(pixels, encoder.mean, encoder.std))
         return [feature.movedim(1, -1).numpy() for feature in out]
@@ -84,7 +88,7 @@ def run_bare(sources: Sequence[str], settings: Settings, actors: int, threads: i
     return len(sources) / (time.perf_counter() - started)
 
 
-class WriteNothing(stages.Compute):
+class WriteNothing(Extract):
     """The actor without its writing."""
 
     def __init__(self, *arguments: Any):
@@ -96,37 +100,36 @@ class WriteNothing(stages.Compute):
 def run_job(rows: Sequence[Row], settings: Settings, actor: type) -> tuple[float, float, int]:
     """Images a second from the first finished shard on, seconds until then, and bytes written, of one job."""
     recipe = RECIPES[settings.recipe]()
-    encoder = build_encoder(recipe.encoding.encoder)
+    backbone, spec = recipe.backbone, encoder_spec(recipe.backbone.encoder)
+    digest = weights_digest(backbone.encoder)
     shutil.rmtree(settings.folder, ignore_errors=True)
     targets = []
-    for feature, channels in (("early", encoder.early_channels), ("late", encoder.late_channels)):
-        fingerprint = stages.Fingerprint(
+    for feature, layer in (("early", spec.early), ("late", spec.late)):
+        fingerprint = Fingerprint(
             feature=feature,
-            model=encoder.name,
-            weights=encoder.digest,
-            layers=encoder.layers,
-            res_px=recipe.encoding.res,
-            grid=encoder.grid(recipe.encoding.res),
-            channels=channels,
+            model=spec.name,
+            weights=digest,
+            layer=layer.name,
+            norm=layer.norm,
+            res_px=backbone.res,
+            grid=spec.grid(backbone.res),
+            channels=layer.channels,
             view_seed=0,
             preprocessing="benchmark",
         )
-        targets.append(stages.Target(str(settings.folder / feature), fingerprint, rows))
-        create(targets[-1].url, fingerprint, rows)
-    items = stages.plan_items(targets, {target.url: range(num_shards(len(rows))) for target in targets})
-    kept, stages.Compute = stages.Compute, actor  # type: ignore[misc]
+        targets.append(extraction.Target(str(settings.folder / feature), fingerprint, rows))
+    builds = {target.url: create(target.url, target.fingerprint, rows).build_id for target in targets}
+    items = extraction.plan_items(targets, {target.url: range(num_shards(len(rows))) for target in targets})
+    kept, extraction.Extract = extraction.Extract, actor  # type: ignore[misc]
     started, times, images, written = time.perf_counter(), [], [], 0
     try:
-        decode = stages.Decode(0, "fail")
-        urls = [target.url for target in targets]
-        for row in stages.compute(
-            lambda: extract_features.Wanted(recipe.encoding), decode, urls, items, recipe.extraction
-        ):
+        network = EncoderPlan(backbone, digest)
+        for unit in extraction.run_units(network, Decode(0, "fail"), builds, items, recipe.extraction):
             times.append(time.perf_counter())
-            images.append(int(row["images"]))
-            written += int(row["bytes"])
+            images.append(unit.images)
+            written += unit.bytes
     finally:
-        stages.Compute = kept  # type: ignore[misc]
+        extraction.Extract = kept  # type: ignore[misc]
     return sum(images[1:]) / (times[-1] - times[0]), times[0] - started, written
 
 
@@ -136,12 +139,12 @@ def main(settings: Settings) -> None:
     actors, threads = recipe.extraction.actors, max(1, int(recipe.extraction.actor_cpus))
     sources = [str(p) for p in sorted((settings.data / "JPEGImages").glob("*.jpg"))[: settings.images]]
     rows = [Row(Path(source).stem, 0, source) for source in sources]
-    stages.connect()
+    cluster.connect()
     rates: dict[str, list[float]] = {"bare loop": [], "extraction": [], "extraction that writes nothing": []}
     starts, written = [], 0
     for _ in range(settings.rounds):
         rates["bare loop"].append(run_bare(sources, settings, actors, threads))
-        rate, start, written = run_job(rows, settings, stages.Compute)
+        rate, start, written = run_job(rows, settings, Extract)
         rates["extraction"].append(rate)
         starts.append(start)
         rates["extraction that writes nothing"].append(run_job(rows, settings, WriteNothing)[0])

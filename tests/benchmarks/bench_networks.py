@@ -26,11 +26,12 @@ import tyro
 from segment_anything import sam_model_registry
 
 from fsdino import paper
-from fsdino.encoder import DINOV2_TIMM, DinoV2Encoder, Features
-from fsdino.segmenter import Segmenter, SegmenterConfig
+from fsdino.config import SegmenterConfig, SegmenterShape
+from fsdino.encoder import DinoV2Encoder, Features
+from fsdino.episodic import EpisodeBatch, EpisodeLoss
+from fsdino.segmenter import Segmenter
+from fsdino.specs import DINOV2, teacher_spec
 from fsdino.teacher import SamTeacher
-from pipelines.loading import EpisodeBatch
-from pipelines.train_episodic import EpisodeLoss
 from tests.benchmarks.provenance import provenance
 
 GRID, WIDTH, RES_PX = 37, 768, paper.IMAGE_RES_PX
@@ -59,7 +60,7 @@ Work = Callable[[], object]
 
 def encoder() -> tuple[torch.nn.Module, Work]:
     """Both layers of one photograph."""
-    vit = timm.create_model(DINOV2_TIMM["dinov2_vitb14"], num_classes=0)
+    vit = timm.create_model(DINOV2["dinov2_vitb14"].timm, num_classes=0)
     for name, parameter in vit.named_parameters():
         if ".ls" in name:
             torch.nn.init.ones_(parameter)  # a fresh network's LayerScale is 1e-5, under which no block does anything
@@ -71,7 +72,8 @@ def encoder() -> tuple[torch.nn.Module, Work]:
 def teacher() -> tuple[torch.nn.Module, Work]:
     """SAM-H's embedding of one photograph."""
     net = SamTeacher(sam_model_registry["vit_h"]().image_encoder, "random")
-    x = torch.randn(1, 3, net.side_px, net.side_px)
+    side = teacher_spec("sam_vit_h").input_px(RES_PX)
+    x = torch.randn(1, 3, side, side)
     return net, lambda: net(x)
 
 
@@ -171,7 +173,7 @@ CORRELATIONS: dict[str, dict[str, Callable[[], tuple[torch.nn.Module, Work]]]] =
 def segmenter() -> Segmenter:
     """The paper's, 4D."""
     torch.manual_seed(0)
-    return Segmenter(SegmenterConfig(WIDTH, WIDTH, GRID)).eval()
+    return Segmenter(SegmenterConfig(sam_decoder="sam_vit_h"), SegmenterShape(WIDTH, WIDTH, GRID)).eval()
 
 
 def episodes(size: int) -> EpisodeBatch:

@@ -93,7 +93,9 @@ def write_files(settings: Settings) -> None:
         for i in range(settings.samples):
             array[i] = rng.standard_normal(shape[1:], np.float32)
         array.flush()
-        fingerprint = Fingerprint("late", "bench", "w", "l", 518, GRID, CHANNELS, view_seed=0, preprocessing="p")
+        fingerprint = Fingerprint(
+            "late", "bench", "w", "l", "none", 518, GRID, CHANNELS, view_seed=0, preprocessing="p"
+        )
         writer = create(str(store), fingerprint, [Row(str(i), 0, "-") for i in range(settings.samples)])
         for shard in writer.missing():
             rows = shard_rows(shard, settings.samples)
@@ -160,7 +162,7 @@ def cold(settings: Settings, names: Sequence[str], batch: int, repeats: int) -> 
     for _ in range(settings.rounds):
         wanted = [sorted(rng.choice(settings.samples, batch, replace=False).tolist()) for _ in range(repeats)]
         for name in names:
-            forget([p for p in settings.folder.rglob("*") if p.is_file()])
+            uncache([p for p in settings.folder.rglob("*") if p.is_file()])
             read = local_readers(settings)[name]
             started = time.perf_counter()
             for rows in wanted:
@@ -169,7 +171,7 @@ def cold(settings: Settings, names: Sequence[str], batch: int, repeats: int) -> 
     return seconds, batch * GRID * GRID * CHANNELS * 2
 
 
-def forget(files: Sequence[Path]) -> None:
+def uncache(files: Sequence[Path]) -> None:
     """Take files out of the page cache."""
     for path in files:
         file = os.open(path, os.O_RDONLY)

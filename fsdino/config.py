@@ -1,0 +1,51 @@
+"""What can be chosen about a segmenter. Each switch names the paper's literal value; docs/method.md has the table."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fsdino import paper
+
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """The switches of the method: the paper's segmenter, its ablations, and our departures from it."""
+
+    variant: Literal["compact", "4d"] = "4d"
+    """Dense prompt: the similarity map (compact), or the prior mask of the 4D correlation."""
+    semantic_prompt: bool = True
+    """Semantic visual prompt as the sparse prompt; off: SAM's empty one (Table 4, first row)."""
+    adapter: Literal["distilled", "joint", "random"] = "distilled"
+    """What computes image embeddings: the distilled adapter (the paper's), or, for ablation, a random one that is
+    trained along with the segmenter, or a random one that stays as it is."""
+    sam_decoder: str | None = None
+    """Teacher whose checkpoint initialises the decoder (the paper's is sam_vit_h); none: random weights."""
+    contrast: bool = False
+    """Let the support's background weigh against its foreground, in prototype and correlation; off: the paper's."""
+    refine: bool = False
+    """Add the similarity map at full grid to the 4D prior's logits; off: the paper's, where it enters at half the
+    grid alone."""
+    support_weights: Literal["mask", "share"] = "mask"
+    """Weight of a support position in the correlation: the mask alone (mask, Eq. 3), or divided by the object's size
+    (share), so that small and large objects have the same total."""
+    similarity: Literal["cosine", "unit"] = "cosine"
+    """The similarity map that is added to the correlation: as it is (cosine, the paper's), or scaled, and without
+    `contrast` centred, to unit variance within its image (unit)."""
+    start: Literal["pytorch", "he"] = "he"
+    """Initial weights of the correlation's layers: PyTorch's default, which the paper does not change, or He's, without
+    which a fresh prior is the same all over the image."""
+
+    @property
+    def sam_extras(self) -> bool:
+        """Whether SAM's IoU head and three further mask tokens are kept, which its checkpoint needs."""
+        return self.sam_decoder is not None
+
+
+@dataclass(frozen=True)
+class SegmenterShape:
+    """Sizes that follow from encoder and teacher. Weights fit exactly if config and shape are equal."""
+
+    early_channels: int
+    late_channels: int
+    grid: int
+    """Side of the feature grid, in positions."""
+    embedding_channels: int = paper.EMBEDDING_CHANNELS

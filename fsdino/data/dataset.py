@@ -1,0 +1,107 @@
+"""The contract of a data set, and the one place that knows which kinds there are."""
+
+import hashlib
+import json
+import os
+import uuid
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from upath import UPath
+
+from fsdino import paper
+from fsdino.data.folds import novel_classes
+from fsdino.errors import UserError
+from fsdino.preprocess import read_image
+from fsdino.weights import cache_folder
+
+Split = Literal["train", "val"]
+
+
+class Dataset(ABC):
+    """Images with labels, and folds of classes. Class ids start at 1; a label's 255 is void."""
+
+    name: str
+    """Names its stores, runs and scores."""
+    root: UPath
+    class_names: list[str]
+    num_folds: int = 4
+
+    @abstractmethod
+    def ids(self, split: Split) -> list[str]:
+        """Image ids in the list's order, which is the order of the test queries."""
+
+    @abstractmethod
+    def source(self, image_id: str) -> str:
+        """Path or URL of the photograph."""
+
+    @abstractmethod
+    def label_source(self, image_id: str) -> str:
+        """Path or URL of the file that holds the label."""
+
+    @abstractmethod
+    def label(self, image_id: str) -> UInt8[np.ndarray, "h w"]:
+        """Class ids at the photograph's own size, 255 is void."""
+
+    def image(self, image_id: str) -> Image.Image:
+        """The photograph, RGB."""
+        return read_image(self.source(image_id))
+
+    def list_digest(self, split: Split) -> str:
+        """Eight hex digits of a split's list: runs on other lists are other runs."""
+        return hashlib.sha256("\n".join(self.ids(split)).encode()).hexdigest()[:8]
+
+    def novel(self, fold: int) -> list[int]:
+        """Class ids that the fold tests."""
+        return novel_classes(fold, len(self.class_names), self.num_folds)
+
+    def class_pixels(self, split: Split) -> dict[str, dict[int, int]]:
+        """Pixel counts of every class in every image of a split; kept in the cache, keyed by list and label times.
+
+        Raises UserError for a label with classes that the data set does not have.
+        """
+        ids = self.ids(split)
+        with ThreadPoolExecutor(16) as pool:
+            stamps = list(pool.map(lambda image_id: _stamp(self.label_source(image_id)), ids))
+        described = json.dumps([str(self.root.resolve()), self.class_names, ids, stamps])
+        key = hashlib.sha256(described.encode()).hexdigest()[:16]
+        cached = cache_folder() / f"class-pixels-{key}.json"
+        if cached.exists():
+            return {i: {int(c): n for c, n in counts.items()} for i, counts in json.loads(cached.read_text()).items()}
+        with ThreadPoolExecutor() as pool:
+            pixels = dict(zip(ids, pool.map(self._count, ids), strict=True))
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{uuid.uuid4().hex}.partial")
+        partial.write_text(json.dumps(pixels))
+        partial.rename(cached)
+        return pixels
+
+    def _count(self, image_id: str) -> dict[int, int]:
+        counts = np.bincount(self.label(image_id).ravel(), minlength=256)
+        beyond = [c for c in np.flatnonzero(counts) if len(self.class_names) < c < paper.VOID]
+        if beyond:
+            raise UserError(
+                f"{self.label_source(image_id)}: expected classes 0 to {len(self.class_names)} "
+                f"and 255, got {beyond[0]}; name further classes in classes.txt"
+            )
+        return {c: int(counts[c]) for c in range(1, len(self.class_names) + 1) if counts[c]}
+
+
+def open_dataset(place: str) -> Dataset:
+    """The data set at a path or fsspec URL, recognised by its layout. Raises UserError if it is of no known kind."""
+    from fsdino.data.voc import VocDataset
+
+    return VocDataset(place)
+
+
+def _stamp(place: str) -> str | None:
+    """What changes when a file does; None if it is not there."""
+    try:
+        stat = os.stat(place) if place.startswith("/") else UPath(place).stat()
+    except FileNotFoundError:
+        return None
+    return f"{stat.st_size} {stat.st_mtime}"

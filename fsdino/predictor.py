@@ -1,0 +1,209 @@
+"""Masks for your own classes: register a class from annotated photographs once, find it in any photograph.
+
+predictor = Predictor.load("outputs/runs/.../final")
+cat = predictor.register(["cat1.jpg"], ["cat1.png"])
+predictor.set_image("a.jpg")
+masks, scores = predictor.segment([cat])
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fsdino.data.masks import read_mask
+from fsdino.encoder import Encoder, Features, encoder_of_checkpoint, to_input
+from fsdino.errors import UserError
+from fsdino.preprocess import Source, read_image, resize_square
+from fsdino.prompts import mask_to_grid
+from fsdino.segmenter import Segmenter, SupportEncoding
+from fsdino.state import state_digest
+
+Photograph = Image.Image | Source
+"""A photograph that is open already, or its path or URL."""
+Mask = np.ndarray | Source
+"""A mask (h, w) whose non-zero pixels are the object, or its path or URL."""
+
+
+class Segmentation(NamedTuple):
+    """What was found in one image: a mask for each of n classes, and how sure it is."""
+
+    masks: Bool[np.ndarray, "n h w"]
+    """At the image's own size."""
+    scores: Float[np.ndarray, "n"]
+    """Mean probability of the class over its mask's pixels, in [0.5, 1]; 0 if the mask is empty."""
+
+
+@dataclass(frozen=True)
+class ClassEncoding:
+    """A registered class: all that its annotated photographs tell the one segmenter that encoded them."""
+
+    name: str
+    shots: int
+    support: SupportEncoding
+    segmenter: str
+    """Digest of the segmenter's weights."""
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, with name, shots and segmenter in its header."""
+        state = {key: value.cpu().contiguous() for key, value in self.support._asdict().items() if value is not None}
+        record = {"name": self.name, "shots": self.shots, "segmenter": self.segmenter}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, path, metadata={"class": json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ClassEncoding":
+        """The class that `save` wrote. Raises UserError if the file is missing or is none."""
+        try:
+            with safe_open(path, "pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}
+                record = json.loads((file.metadata() or {})["class"])
+            support = SupportEncoding(state["prototype"], state["prompt"], state.get("kernel"))
+            return cls(record["name"], record["shots"], support, record["segmenter"])
+        except (FileNotFoundError, IsADirectoryError):
+            raise UserError(f"{path}: expected a class file, found none; write it with ClassEncoding.save") from None
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: expected a class file, got another ({error}); register the class again") from None
+
+
+class Predictor:
+    """An encoder and a segmenter on one device, and the images that they look at."""
+
+    def __init__(self, encoder: Encoder, segmenter: Segmenter, res_px: int, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device {device}: expected a CUDA device on this machine, found none; use cpu")
+        network: Any = encoder
+        self.encoder: Encoder = network.to(self.device)
+        self.segmenter, self.res_px = segmenter.to(self.device).eval(), res_px
+        self.digest = state_digest(segmenter)
+        self._images: list[tuple[tuple[int, int], Features, Tensor]] = []
+
+    @classmethod
+    def load(
+        cls, checkpoint: str | Path, device: str | torch.device = "cpu", encoder_weights: str | None = None
+    ) -> "Predictor":
+        """The predictor of a segmenter's checkpoint: its folder, or ORGANISATION/NAME on the Hugging Face hub.
+
+        `encoder_weights` names a local file instead of the publisher's. Raises UserError if the checkpoint is none, or
+        if it was trained on an encoder of other weights.
+        """
+        segmenter = Segmenter.from_pretrained(checkpoint)
+        encoder = encoder_of_checkpoint(segmenter.origin, encoder_weights)
+        return cls(encoder, segmenter, segmenter.origin["backbone"]["res"], device)
+
+    @torch.inference_mode()
+    def register(self, images: Sequence[Photograph], masks: Sequence[Mask], name: str = "") -> ClassEncoding:
+        """Encode a class from photographs and their masks, each of its photograph's size.
+
+        Raises UserError if there are none, or not as many of one as of the other, or if a mask is empty or of another
+        size.
+        """
+        if not images or len(images) != len(masks):
+            raise UserError(
+                f"expected photographs and one mask for each, got {len(images)} photographs and {len(masks)} masks"
+            )
+        opened = [_opened(image) for image in images]
+        late = torch.cat([self._features([image]).late for image in opened])
+        on_grid = [
+            mask_to_grid(torch.from_numpy(_checked(mask, image)).float()[None], late.shape[-1])
+            for mask, image in zip(masks, opened, strict=True)
+        ]
+        support = self.segmenter.encode_support(late[None], torch.cat(on_grid)[None].to(self.device))
+        return ClassEncoding(name, len(opened), support, self.digest)
+
+    def set_image(self, image: Photograph) -> None:
+        """Encode a photograph; `segment` looks for classes in it."""
+        self.set_images([image])
+
+    @torch.inference_mode()
+    def set_images(self, images: Sequence[Photograph]) -> None:
+        """Encode several photographs in one batch, for `segment_batch`."""
+        opened = [_opened(image) for image in images]
+        features = self._features(opened)
+        embeddings = self.segmenter.embed(features.early)
+        self._images = [
+            (image.size, Features(*(x[i : i + 1] for x in features)), embeddings[i : i + 1])
+            for i, image in enumerate(opened)
+        ]
+
+    def segment(self, classes: Sequence[ClassEncoding]) -> Segmentation:
+        """Each class's mask, (n, height, width) at the size of the image that `set_image` got, and its score (n,).
+
+        Raises UserError if no image or several are set, or if a class was registered with another segmenter.
+        """
+        if len(self._images) != 1:
+            raise UserError(f"expected one image from set_image, got {len(self._images)}; see segment_batch")
+        return self.segment_batch(classes)[0]
+
+    def segment_batch(self, classes: Sequence[ClassEncoding]) -> list[Segmentation]:
+        """As `segment`, for each of the images that `set_images` got."""
+        return [_segmentation(logits) for logits, _ in self.logits(classes)]
+
+    @torch.inference_mode()
+    def logits(
+        self, classes: Sequence[ClassEncoding]
+    ) -> list[tuple[Float[Tensor, "n h w"], Float[Tensor, "n m m"] | None]]:
+        """For each image its mask logits at its own size, and the prior's on the network's grid (4D variant only)."""
+        support = self._support(classes)
+        results = []
+        for (width, height), features, embedding in self._images:
+            late, embedding = (x.expand(len(classes), -1, -1, -1) for x in (features.late, embedding))
+            predicted = self.segmenter.segment(late, embedding, support)
+            mask = F.interpolate(predicted.mask_logits, size=(height, width), mode="bilinear", align_corners=False)
+            prior = predicted.prior_logits
+            results.append((mask[:, 0].cpu(), None if prior is None else prior[:, 0].cpu()))
+        return results
+
+    def _support(self, classes: Sequence[ClassEncoding]) -> SupportEncoding:
+        """All classes in one batch."""
+        if not classes:
+            raise UserError("expected at least one class to look for, got none; register one")
+        other = [c.name for c in classes if c.segmenter != self.digest]
+        if other:
+            raise UserError(
+                f"class {other[0]!r} was registered with another segmenter than {self.digest}; register it again"
+            )
+        supports = [c.support for c in classes]
+        kernels = [s.kernel for s in supports if s.kernel is not None]
+        return SupportEncoding(
+            prototype=torch.cat([s.prototype for s in supports]).to(self.device),
+            prompt=torch.cat([s.prompt for s in supports]).to(self.device),
+            kernel=torch.cat(kernels).to(self.device) if kernels else None,
+        )
+
+    def _features(self, images: Sequence[Image.Image]) -> Features:
+        squares = np.stack([resize_square(image, self.res_px) for image in images])
+        return self.encoder(to_input(squares, self.encoder.mean, self.encoder.std).to(self.device))
+
+
+def _segmentation(logits: Float[Tensor, "n h w"]) -> Segmentation:
+    masks = logits > 0
+    inside = (logits.sigmoid() * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)
+    return Segmentation(masks.numpy(), inside.numpy())
+
+
+def _opened(image: Photograph) -> Image.Image:
+    return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
+
+
+def _checked(mask: Mask, image: Image.Image) -> np.ndarray:
+    """The mask as 0 and 1, of its photograph's size."""
+    if not isinstance(mask, np.ndarray):
+        return read_mask(mask, image.size)
+    if mask.shape != image.size[::-1] or not mask.any():
+        raise UserError(
+            f"expected a mask (height, width) of {image.size[::-1]} with at least one pixel set, got {mask.shape} with "
+            f"{np.count_nonzero(mask)}"
+        )
+    return (mask != 0).astype(np.uint8)

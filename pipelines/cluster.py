@@ -1,0 +1,64 @@
+"""The Ray cluster, joined or started and asked whether it has what a job wants; the device of a job without it."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from fsdino.errors import UserError
+from pipelines.cli import ClusterFault
+from pipelines.recipes import Device
+
+if TYPE_CHECKING:
+    import torch
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray for this process. Raises ClusterFault."""
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
+            raise ClusterFault(error) from error
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """Breakdowns of Ray itself as ClusterFault; errors of ours inside a worker stay what they are."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        yield
+    except RayTaskError:
+        raise
+    except (RayError, ConnectionError) as error:
+        raise ClusterFault(error) from error
+
+
+def check_resources(wanted: Mapping[str, float], job: str, cure: str) -> None:
+    """Raise UserError if the cluster can never give a job all that it wants; Ray would wait for it for ever."""
+    import ray
+
+    with faults():
+        available = ray.cluster_resources()
+    for kind, amount in wanted.items():
+        if amount > available.get(kind, 0):
+            raise UserError(f"{job}: expected a cluster with {amount:g} {kind}, got {available.get(kind, 0):g}; {cure}")
+
+
+def device_of(device: Device) -> "torch.device":
+    """The device of a job that runs in its own process. Raises UserError if a GPU is asked for and not there."""
+    import torch
+
+    if device.gpu and not torch.cuda.is_available():
+        raise UserError("--gpu: expected a CUDA device on this machine, found none; use --no-gpu")
+    return torch.device("cuda" if device.gpu else "cpu")
+
+
+def autocast(precision: str, device: "torch.device") -> AbstractContextManager:
+    """Autocast to bf16, or nothing for fp32."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

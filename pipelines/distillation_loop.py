@@ -1,0 +1,193 @@
+"""The loop of distillation in one worker: all resolutions in turn, each from the best weights of the one before."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray.train.torch
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from feature_store import FeatureStore
+from fsdino import ridge
+from fsdino.adapter import BottleneckAdapter
+from fsdino.data.dataset import Dataset
+from fsdino.losses import distillation_loss
+from pipelines import checkpoints, panels, tracking, training
+from pipelines.recipes import Distillation
+
+PANEL_IMAGES = 4
+RIDGE_IMAGES = 4096  # a few million positions for fewer than two thousand weights of each channel
+
+
+@dataclass(frozen=True)
+class DistillationJob:
+    """All that a worker needs, checked and opened by the driver. Stores reopen in the worker, which checks that they
+    are still what they were."""
+
+    dataset: Dataset
+    early: tuple[FeatureStore, ...]
+    """One for each resolution, in their order."""
+    teacher: FeatureStore
+    held_out: tuple[str, ...]
+    trained: tuple[str, ...]
+    """Shuffled."""
+    distillation: Distillation
+    seed: int
+    origin: dict[str, Any]
+    """What the checkpoint's record says of where it comes from."""
+
+
+def loop(job: DistillationJob, worker: training.Worker) -> None:
+    """Train all stages; rank 0 logs and publishes."""
+    distiller = Distiller(job, worker)
+    state = training.load_state() or {"stage": 0, "step": 0, "results": [], "adapter": distiller.weights()}
+    while state["stage"] < len(job.early):
+        state = distiller.stage(state)
+        training.save_state(worker.rank, {"stage": state["stage"], "step": 0}, **state)
+    distiller.adapter.load_state_dict(state["adapter"])
+    distiller.finish(state["results"])
+
+
+class Distiller:
+    """A worker's adapter, stores and images. Every rank holds the same adapter."""
+
+    def __init__(self, job: DistillationJob, worker: training.Worker):
+        self.job, self.worker, self.distillation = job, worker, job.distillation
+        channels = (job.early[0].fingerprint.channels, job.teacher.fingerprint.channels)
+        self.adapter = BottleneckAdapter(*channels).to(worker.device)
+        self.model = ray.train.torch.prepare_model(self.adapter)
+
+    def stage(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Train at one resolution from `state`; returns the state that the next stage starts from."""
+        stage, first, worker = state["stage"], state["step"], self.worker
+        store, res = self.job.early[stage], self.distillation.distill_res[stage]
+        per_epoch = len(self.job.trained) // self.distillation.distill_batch
+        steps = per_epoch * self.distillation.distill_epochs
+        self.adapter.load_state_dict(state["adapter"])
+        optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=self.distillation.distill_lr)
+        if "optimiser" in state:
+            optimiser.load_state_dict(state["optimiser"])
+        best, best_mse, r2 = state.get("best", state["adapter"]), state.get("best_mse", float("inf")), 0.0
+        for step, chosen in enumerate(self.batches(stage, first, steps, per_epoch), start=first):
+            lr = optimiser.param_groups[0]["lr"] = self.distillation.distill_lr * training.poly(step, steps)
+            x, y = self.pairs(store, chosen)
+            with self.worker.autocast():
+                predicted = self.model(x)
+            loss = distillation_loss(predicted, y)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            done = step + 1
+            self.log(done, steps, res, mse=loss.item(), lr=lr)
+            if done % per_epoch == 0:
+                # Rank 0 decides for all: a difference in rounding must not let ranks continue from different weights.
+                mse, constant = training.from_rank_0(lambda: self.validate(store, self.student))
+                self.log(done, steps, res, val_mse=mse, val_r2=1 - mse / constant)
+                if mse < best_mse:
+                    best, best_mse = self.weights(), mse
+                r2 = 1 - best_mse / constant
+            if done % worker.checkpoint_every == 0 and done < steps:
+                self.flush()  # a checkpoint must not be ahead of the curves that lead to it
+                kept: dict[str, Any] = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
+                kept |= {"stage": stage, "step": done, "results": state["results"], "best": best, "best_mse": best_mse}
+                training.save_state(worker.rank, {"stage": stage, "step": done}, **kept)
+        (ridge_r2,) = training.from_rank_0(lambda: (self.ridge_r2(store),))
+        self.log(steps, steps, res, ridge_r2=ridge_r2)
+        self.flush()
+        result = {"res_px": res, "steps": steps, "val_mse": best_mse, "val_r2": r2, "ridge_r2": ridge_r2}
+        return {"stage": stage + 1, "step": 0, "results": [*state["results"], result], "adapter": best}
+
+    def batches(self, stage: int, first: int, steps: int, per_epoch: int) -> Iterator[list[str]]:
+        """This worker's images of each step; the order of an epoch depends on (seed, stage, epoch) alone."""
+        batch = self.distillation.distill_batch
+        indices = training.worker_batches(first, steps, batch, self.worker.rank, self.worker.world)
+        for step, wanted in enumerate(indices, start=first):
+            epoch = step // per_epoch
+            order = np.random.default_rng([self.job.seed, stage, epoch]).permutation(len(self.job.trained))
+            yield [self.job.trained[order[i - epoch * per_epoch * batch]] for i in wanted]
+
+    def pairs(self, store: FeatureStore, chosen: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Early features and teacher embeddings of these images."""
+        views = [0] * len(chosen)
+        both = (store.rows(chosen, views), self.job.teacher.rows(chosen, views))
+        x, y = (torch.from_numpy(a).movedim(-1, 1).to(self.worker.device, torch.float32) for a in both)
+        return x, y
+
+    def student(self, x: Tensor) -> Tensor:
+        """The adapter's embedding."""
+        with self.worker.autocast():
+            return self.adapter(x).float()
+
+    @torch.inference_mode()
+    def ridge_r2(self, store: FeatureStore) -> float:
+        """What a linear map from the same layer reaches on the held-out images, with the penalty that suits them best:
+        the least that a student must do better. Fitted to the training images, a random choice if there are many."""
+        fit, batch = ridge.RidgeRegression(), self.distillation.distill_batch
+        chosen = self.job.trained[:RIDGE_IMAGES]  # they are shuffled
+        for at in range(0, len(chosen), batch):
+            x, y = self.pairs(store, chosen[at : at + batch])
+            fit.add(x, F.interpolate(y, size=x.shape[-2:], mode="area"))
+        scores = []
+        for penalty in ridge.PENALTIES:
+            mse, constant = self.validate(store, partial(ridge.apply, fit.solve(penalty)))
+            scores.append(1 - mse / constant)
+        return max(scores)
+
+    @torch.inference_mode()
+    def validate(self, store: FeatureStore, student: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """MSE on the held-out images, and the MSE of predicting each channel's mean (the zero of R^2)."""
+        squared, targets = 0.0, []
+        for at in range(0, len(self.job.held_out), self.distillation.distill_batch):
+            x, y = self.pairs(store, self.job.held_out[at : at + self.distillation.distill_batch])
+            targets.append(F.interpolate(y, size=x.shape[-2:], mode="area"))
+            squared += float(((student(x) - targets[-1]) ** 2).sum())
+        target = torch.cat(targets)
+        return squared / target.numel(), float(target.var((0, 2, 3), unbiased=False).mean())
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the adapter's weights."""
+        return {key: value.detach().clone() for key, value in self.adapter.state_dict().items()}
+
+    def log(self, done: int, steps: int, res: int, **metrics: float) -> None:
+        """Metrics of a step under their resolution, and the step for the progress bar; from rank 0."""
+        if self.worker.run:
+            self.worker.report(f"distil {res} px", done, steps)
+            self.worker.run.log(done, **{f"{name}_{res}px": value for name, value in metrics.items()})
+
+    def flush(self) -> None:
+        """Send the metrics."""
+        if self.worker.run:
+            self.worker.run.flush()
+
+    def finish(self, results: list[dict[str, Any]]) -> None:
+        """Write the adapter, its panel and its record; from rank 0."""
+        run, job = self.worker.run, self.job
+        if run is None:
+            return
+        parameters = sum(p.numel() for p in self.adapter.parameters())
+        with tempfile.TemporaryDirectory() as folder:
+            self.adapter.save(folder, stages=results, parameters=parameters, **job.origin, commit=tracking.commit())
+            run.folder(folder, "adapter")
+            shown = job.held_out[:PANEL_IMAGES]
+            picture = draw_panel(job.dataset, self.adapter, self.pairs(job.early[-1], shown), shown)
+            run.picture(picture, "panels/embeddings.png")
+            self.flush()
+            checkpoints.publish(folder, f"{self.worker.folder}/final")  # last: it says that all is done
+
+
+@torch.inference_mode()
+def draw_panel(
+    dataset: Dataset, adapter: BottleneckAdapter, pairs: tuple[Tensor, Tensor], ids: Sequence[str]
+) -> Image.Image:
+    """Held-out images with the teacher's and the student's embedding at the last resolution."""
+    early, teacher = pairs
+    student = adapter(early)
+    target = F.interpolate(teacher, size=student.shape[-2:], mode="area")
+    maps = (x.movedim(1, -1).float().cpu().numpy() for x in (target, student))
+    return panels.embeddings([dataset.image(image_id) for image_id in ids], *maps)

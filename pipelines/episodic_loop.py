@@ -1,0 +1,135 @@
+"""The loop of episodic training in one worker: its share of every step's episodes."""
+
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from feature_store import FeatureStore
+from fsdino import paper
+from fsdino.config import SegmenterConfig, SegmenterShape
+from fsdino.data.dataset import Dataset
+from fsdino.data.episodes import EpisodeSampler
+from fsdino.episodic import EpisodeLoss, segment_batch
+from fsdino.segmenter import Segmenter
+from fsdino.state import sam_decoder_state
+from pipelines import checkpoints, panels, tracking, training
+from pipelines.checkpoints import AdapterPlan
+from pipelines.loading import EpisodeLoader
+from pipelines.recipes import Episodic
+
+PANEL_ROWS = 4
+SAM_PARTS = ("decoder.", "mask_downscaling.", "positional_encoding.")
+
+
+@dataclass(frozen=True)
+class EpisodicJob:
+    """All that a worker needs, checked and opened by the driver. Stores reopen in the worker, which checks that they
+    are still what they were."""
+
+    dataset: Dataset
+    late: FeatureStore
+    query: FeatureStore
+    """Embeddings, or `early` for an adapter that is trained along."""
+    sampler: EpisodeSampler
+    model: SegmenterConfig
+    shape: SegmenterShape
+    episodic: Episodic
+    steps: int
+    label_px: int
+    origin: dict[str, Any]
+    """What the checkpoint's record says of where it comes from."""
+    adapter: dict[str, Tensor]
+    decoder: dict[str, Tensor]
+    """SAM's decoder under the segmenter's names; empty for random weights."""
+
+
+def initial_weights(
+    adapter: AdapterPlan, model: SegmenterConfig, decoder_weights: str | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The states that a segmenter starts with: the adapter's and SAM's decoder's."""
+    decoder = {} if model.sam_decoder is None else sam_decoder_state(model.sam_decoder, decoder_weights)
+    return adapter.load().state_dict(), decoder
+
+
+def build_segmenter(job: EpisodicJob) -> Segmenter:
+    """A fresh segmenter around the adapter, its decoder from SAM's checkpoint if the recipe names one."""
+    segmenter = Segmenter(job.model, job.shape)
+    segmenter.adapter.load_state_dict(job.adapter)
+    if job.decoder:
+        missing, unknown = segmenter.load_state_dict(job.decoder, strict=False)
+        assert not unknown and not any(key.startswith(SAM_PARTS) for key in missing)
+    return segmenter
+
+
+def parameter_groups(segmenter: Segmenter, episodic: Episodic) -> list[dict[str, Any]]:
+    """Two learning rates: the decoder's, and that of all other trainable layers."""
+    groups: dict[float, list[nn.Parameter]] = {episodic.lr: [], episodic.decoder_lr: []}
+    for name, parameter in segmenter.named_parameters():
+        if parameter.requires_grad:
+            groups[episodic.decoder_lr if name.startswith(SAM_PARTS) else episodic.lr].append(parameter)
+    return [{"params": parameters, "lr": lr, "initial_lr": lr} for lr, parameters in groups.items()]
+
+
+def loop(job: EpisodicJob, worker: training.Worker) -> None:
+    """Train, checkpoint, and publish the segmenter from rank 0."""
+    loader = EpisodeLoader(job.dataset, job.late, job.query, job.label_px)
+    segmenter = build_segmenter(job).to(worker.device)
+    model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))
+    optimiser = torch.optim.AdamW(parameter_groups(segmenter, job.episodic), weight_decay=paper.WEIGHT_DECAY)
+    run, steps = worker.run, job.steps
+
+    first, seconds = 0, 0.0
+    if (state := training.load_state()) is not None:
+        segmenter.load_state_dict(state["segmenter"])
+        optimiser.load_state_dict(state["optimiser"])
+        first, seconds = state["step"], state["seconds"]
+    clock = training.Stopwatch(seconds)
+    losses: dict[str, float] = {}
+    indices = training.worker_batches(first, steps, job.episodic.batch, worker.rank, worker.world)
+    for done, batch in enumerate(loader.batches(job.sampler, indices), start=first + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = group["initial_lr"] * training.poly(done - 1, steps)
+        with worker.autocast():
+            parts = model(batch.to(worker.device))
+        optimiser.zero_grad(set_to_none=True)
+        parts["loss"].backward()
+        optimiser.step()
+        losses = {key: value.item() for key, value in parts.items()}
+        worker.report(f"train fold {job.sampler.fold}", done, steps)
+        if run:
+            run.log(done, **losses, lr=optimiser.param_groups[0]["lr"])
+            if done % 50 == 0:
+                run.flush()
+        if done % worker.checkpoint_every == 0 and done < steps:
+            if run:  # a checkpoint must not be ahead of the curves that lead to it
+                run.flush()
+            kept = {"segmenter": segmenter.state_dict(), "optimiser": optimiser.state_dict(), "seconds": clock.total()}
+            training.save_state(worker.rank, {"step": done, **losses}, step=done, **kept)
+    if run:
+        result: dict[str, Any] = {
+            "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
+            "loss": losses.get("loss"),
+            "seconds": round(clock.total(), 1),
+            "seconds_per_step": round(clock.total() / steps, 4),
+        }
+        run.picture(draw_panel(segmenter, loader, job.sampler, worker.device), "panels/training.png")
+        with tempfile.TemporaryDirectory() as folder:
+            segmenter.save(folder, **job.origin, training=result, commit=tracking.commit())
+            run.folder(folder, "segmenter")
+            run.log(steps, seconds_per_step=result["seconds_per_step"])
+            run.flush()
+            checkpoints.publish(folder, f"{worker.folder}/final")  # last: it says that all is done
+
+
+@torch.inference_mode()
+def draw_panel(
+    segmenter: Segmenter, loader: EpisodeLoader, sampler: EpisodeSampler, device: torch.device
+) -> Image.Image:
+    """A few training episodes as pictures."""
+    batch = loader.load([sampler.episode(i).plain() for i in range(PANEL_ROWS)]).to(device)
+    return panels.episodes(loader.dataset, loader.view_seed, batch.episodes, segment_batch(segmenter, batch))

@@ -1,0 +1,254 @@
+"""An extraction job: plan what the stores lack, run it on Ray Data, seal.
+
+Tasks decode images, actors compute and write whole shards (stages.py). A pass may fill several stores, of several
+resolutions: each image is decoded once for all its views and sizes. A rerun does only what is missing.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from tqdm import tqdm
+
+from feature_store import Fingerprint, Row, ShardWriter, create
+from feature_store.layout import num_shards, shard_rows
+from feature_store.lock import locked
+from fsdino.data.dataset import Dataset, Split, open_dataset
+from fsdino.data.photographs import list_photographs, set_name
+from fsdino.errors import UserError
+from pipelines import cluster
+from pipelines.networks import NetworkPlan
+from pipelines.recipes import Extraction, Places
+from pipelines.stages import Extract, Item, Read, Unit, Written
+
+IMAGES_PER_ITEM = 32
+
+
+@dataclass(frozen=True)
+class Target:
+    """A store that a pass fills."""
+
+    url: str
+    fingerprint: Fingerprint
+    rows: Sequence[Row]
+
+
+def read_rows(places: Places, images: str | None, splits: Sequence[Split], num_views: int) -> tuple[str, list[Row]]:
+    """The name of what is to be extracted, and its rows: photographs of a place, or else splits of the data set."""
+    if images is not None:
+        return set_name(images), [Row(sample_id, 0, source) for sample_id, source in list_photographs(images).items()]
+    dataset = open_dataset(places.data)
+    return dataset.name, plan_rows(dataset, splits, num_views)
+
+
+def plan_rows(dataset: Dataset, splits: Sequence[Split], num_views: int) -> list[Row]:
+    """Every image of the splits under view 0, training images under the augmented views too."""
+    rows: dict[tuple[str, int], Row] = {}
+    for split in splits:
+        views = range(num_views if split == "train" else 1)
+        for image_id in dataset.ids(split):
+            source = dataset.source(image_id)
+            rows |= {(image_id, view): Row(image_id, view, source) for view in views}
+    return list(rows.values())
+
+
+def plan_items(targets: Sequence[Target], missing: Mapping[str, Sequence[int]]) -> list[Item]:
+    """The missing shards of each store, as units, grouped by the images they need.
+
+    32 images make a group, and a unit belongs to the group of its first row. So each image is decoded once for all its
+    views and resolutions, or twice where a shard reaches into the next group.
+    """
+    order: dict[str, int] = {}
+    for target in targets:
+        for row in target.rows:
+            order.setdefault(row.source, len(order))
+    merged: dict[tuple[int, int, tuple[Row, ...]], list[Target]] = {}
+    for target in targets:
+        for shard in missing[target.url]:
+            inside = shard_rows(shard, len(target.rows))
+            rows = tuple(target.rows[inside.start : inside.stop])
+            merged.setdefault((shard, target.fingerprint.res_px, rows), []).append(target)
+    items: dict[int, list[Unit]] = {}
+    for (shard, res_px, rows), alike in merged.items():
+        urls, features = tuple(t.url for t in alike), tuple(t.fingerprint.feature for t in alike)
+        group = order[rows[0].source] // IMAGES_PER_ITEM
+        items.setdefault(group, []).append(Unit(shard, res_px, rows, urls, features))
+    return [Item(tuple(items[group])) for group in sorted(items)]
+
+
+def extract(
+    network: NetworkPlan, read: Read, targets: Sequence[Target], settings: Extraction, tracking_uri: str
+) -> dict[str, Any]:
+    """Fill the stores and seal them.
+
+    Prints the plan, shows progress, does only the shards that some store lacks. Images that cannot be read are
+    quarantined up to `settings.max_bad_share` of them; one that was repaired since is read again. Returns counts for
+    the summary; a run that computed anything is also in MLflow's experiment `extract`.
+    """
+    started = time.perf_counter()
+    writers = {target.url: create(target.url, target.fingerprint, target.rows) for target in targets}
+    bad: dict[str, str] = {}
+    samples = {(target.fingerprint.res_px, row[:2]) for target in targets for row in target.rows}
+    done: dict[str, Any] = {"stores": list(writers), "samples": len(samples)}
+    if all(writer.sealed() and not writer.missing() for writer in writers.values()):
+        for writer in writers.values():
+            bad |= {writer.rows[row].sample_id: reason for row, reason in writer.seal().items()}
+        print(f"nothing to do: {', '.join(writers)}", file=sys.stderr)
+        return {**done, "computed": 0, "bytes": 0, "quarantined": len(bad), "seconds": 0.0}
+    with ExitStack() as stack:
+        locks = [stack.enter_context(locked(writers[url].folder)) for url in sorted(writers)]
+        # Once more, as another job may have been there until the locks were ours.
+        writers = {target.url: create(target.url, target.fingerprint, target.rows) for target in targets}
+        for target in targets:
+            bad |= known_bad(writers[target.url], target.rows, read)
+        missing = {url: writer.missing() for url, writer in writers.items()}
+        items = plan_items(targets, missing)
+        computed = sum(len(unit.rows) for item in items for unit in item.units)
+        show_plan(writers, missing, items)
+        images = len({row.source for target in targets for row in target.rows})
+        for url, writer in writers.items():
+            if missing[url] and writer.sealed():  # after a repair that was stopped half-way
+                writer.unseal()
+        name = "+".join(f"{target.fingerprint.feature}@{target.fingerprint.res_px}" for target in targets)
+        tags = {f"store.{t.fingerprint.feature}.{t.fingerprint.res_px}": str(asdict(t.fingerprint)) for t in targets}
+        from pipelines import tracking
+
+        with tracking.running(tracking_uri, "extract", name, asdict(settings) | {"samples": len(samples)}, tags) as run:
+            check_bad(bad, images, settings)
+            builds = {url: writer.build_id for url, writer in writers.items()}
+            progress, written = Progress(computed, settings), 0
+            for unit in run_units(network, read, builds, items, settings) if items else ():
+                progress.add(unit.images)
+                written += unit.bytes
+                bad |= unit.bad
+                check_bad(bad, images, settings)
+                for lock in locks:
+                    lock.check()
+            progress.close()
+            for lock in locks:
+                lock.beat()
+                lock.check()
+            for writer in writers.values():
+                writer.seal()
+            seconds = round(time.perf_counter() - started, 1)
+            run.log(0, computed=computed, bytes=written, quarantined=len(bad), seconds=seconds)
+    for sample_id, reason in sorted(bad.items()):
+        print(f"quarantined {sample_id!r}: {reason}", file=sys.stderr)
+    return {**done, "computed": computed, "bytes": written, "quarantined": len(bad), "seconds": seconds}
+
+
+def run_units(
+    network: NetworkPlan, read: Read, builds: Mapping[str, str], items: Sequence[Item], settings: Extraction
+) -> Iterator[Written]:
+    """The Ray Data job: each unit as it is written. `builds` are the stores' build ids.
+
+    Raises a task's or an actor's error, and ClusterFault if Ray itself breaks down; finished shards stay.
+    """
+    cluster.connect()
+    wanted = {
+        "CPU": settings.actors * settings.actor_cpus + settings.decode_cpus,
+        "GPU": settings.actors * settings.actor_gpus,
+    }
+    cluster.check_resources(
+        wanted,
+        f"{settings.actors} actors and a decoding task",
+        "lower --actors, --actor-cpus, --actor-gpus or --decode-cpus",
+    )
+    import ray.data
+    from ray.data import ActorPoolStrategy
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    data = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
+    # Tasks and actors ask for different amounts, else Ray Data would run the former inside the latter.
+    loaded = data.flat_map(read, num_cpus=settings.decode_cpus)
+    finished = loaded.map_batches(
+        Extract,
+        batch_size=1,
+        compute=ActorPoolStrategy(
+            size=settings.actors, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
+        num_cpus=settings.actor_cpus,
+        num_gpus=settings.actor_gpus,
+        fn_constructor_args=(network, builds, settings),
+    )
+    with cluster.faults():
+        for row in finished.iter_rows():
+            yield row["outcome"].get()
+
+
+class Progress:
+    """A progress bar, and once each actor has finished a shard, a line with the time that is left."""
+
+    def __init__(self, images: int, settings: Extraction):
+        self.bar = tqdm(total=images, unit="img", desc="extracting", mininterval=1, file=sys.stderr)
+        self.actors, self.units = settings.actors, 0
+        self.first = (0.0, 0)
+
+    def add(self, images: int) -> None:
+        """A unit of that many images is written."""
+        self.bar.update(images)
+        self.units += 1
+        now = time.monotonic()
+        if self.units == 1:
+            self.first = (now, self.bar.n)
+        elif self.units == 1 + self.actors:
+            rate = (self.bar.n - self.first[1]) / max(now - self.first[0], 1e-6)
+            left = timedelta(seconds=max(1, round((self.bar.total - self.bar.n) / rate)))
+            self.bar.write(f"about {left} to go, at {rate:.1f} images a second", file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()
+
+
+def known_bad(writer: ShardWriter, rows: Sequence[Row], read: Read) -> dict[str, str]:
+    """Images that an earlier run quarantined, and why. Shards with one that can be read by now become missing.
+
+    `rows` are this job's, as the data may have moved since the plan was written.
+    """
+    shards = sorted(set(range(num_shards(len(rows)))) - set(writer.missing()))
+    bad: dict[Row, tuple[int, str]] = {}
+    for shard, marker in writer.markers(shards).items():
+        if marker is None:
+            writer.invalidate(shard)
+        else:
+            inside = shard_rows(shard, len(rows))
+            bad |= {rows[inside[slot]]: (shard, reason) for slot, reason in marker.quarantine.items()}
+    with ThreadPoolExecutor() as pool:
+        repaired = [row for row, good in zip(bad, pool.map(read.readable, bad), strict=True) if good]
+    again = {bad[row][0] for row in repaired}
+    for shard in again:
+        writer.invalidate(shard)
+    return {row.sample_id: reason for row, (shard, reason) in bad.items() if shard not in again}
+
+
+def check_bad(bad: Mapping[str, str], images: int, settings: Extraction) -> None:
+    """Raise UserError if more images than allowed are quarantined."""
+    if len(bad) > settings.max_bad_share * images:
+        first = next(iter(bad.values()))
+        raise UserError(
+            f"{len(bad)} of {images} images cannot be read, more than --max-bad-share {settings.max_bad_share:g} "
+            f"(the first: {first}); repair or remove them, or raise the share, and rerun"
+        )
+
+
+def show_plan(writers: Mapping[str, ShardWriter], missing: Mapping[str, Sequence[int]], items: Sequence[Item]) -> None:
+    """Say what is to be done, before it is begun."""
+    for url, writer in writers.items():
+        shards, rows = num_shards(len(writer.rows)), len(writer.rows)
+        todo = sum(len(shard_rows(shard, rows)) for shard in missing[url])
+        size = writer.nbytes / rows * todo
+        print(
+            f"{url}: {rows} samples, {shards - len(missing[url])} of {shards} shards done, "
+            f"{todo} samples to compute, {size / 1e9:.2f} GB to write",
+            file=sys.stderr,
+        )
+    images = len({row.source for item in items for unit in item.units for row in unit.rows})
+    print(f"{images} images to read", file=sys.stderr)

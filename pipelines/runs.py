@@ -1,0 +1,93 @@
+"""A training run's folder: what makes two runs the same run, and whether it is done. Loads neither torch nor Ray."""
+
+import json
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+from feature_store.storage import open_folder
+from feature_store.urls import absolute
+from fsdino import checkpoint
+from fsdino.errors import UserError
+from pipelines import checkpoints
+
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`folder`/`name` with run.json, Ray's checkpoints, and, once all is done, `final`."""
+
+    folder: str
+    name: str
+    experiment: str
+    """MLflow's experiment."""
+    checkpoint: str
+    """What `final` holds: adapter or segmenter."""
+    identity: dict[str, Any]
+    """What makes two runs the same run, as JSON."""
+    tags: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        """The run's own folder."""
+        return absolute(f"{self.folder}/{self.name}")
+
+    @property
+    def final(self) -> str:
+        """Its published checkpoint."""
+        return f"{self.url}/final"
+
+    def finished(self, tracking_uri: str) -> dict[str, Any] | None:
+        """The record of the published checkpoint, None if there is none yet.
+
+        Raises UserError if a run of another identity is in the folder.
+        """
+        begun = self.begun()
+        if begun is None or checkpoint.files(self.checkpoint)[1] not in open_folder(self.url).names("final"):
+            return None
+        if not begun.get("closed"):  # a kill came between the checkpoint and the end
+            from pipelines import tracking
+
+            tracking.close(tracking_uri, begun["run_id"])
+            self.write(begun["run_id"], closed=True)
+        return checkpoints.read_record(self.final, self.checkpoint)
+
+    def begun(self) -> dict[str, Any] | None:
+        """run.json, None if no run was begun here. Raises UserError if it is another run's."""
+        try:
+            record = json.loads(bytes(open_folder(self.url).read(RUN)))
+        except FileNotFoundError:
+            return None
+        other = differences(self.identity, record["identity"])
+        if other:
+            raise UserError(
+                f"{self.url}: a run with other settings is there ({'; '.join(other)}); "
+                "choose another --out or --name, or remove it"
+            )
+        return record
+
+    def write(self, run_id: str, closed: bool = False) -> None:
+        """Write run.json; `closed` says that MLflow knows of the end."""
+        record = {"identity": self.identity, "run_id": run_id, "closed": closed}
+        open_folder(self.url).write(RUN, [json.dumps(record, indent=1).encode()])
+
+
+def identity(**parts: Any) -> dict[str, Any]:
+    """What makes two runs the same run, as plain JSON: sections stay nested under their names."""
+    plain = {key: asdict(value) if is_dataclass(value) else value for key, value in parts.items()}  # type: ignore[arg-type]
+    return json.loads(json.dumps(plain))
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"variant": "4d"}}` to `{"model.variant": "4d"}`."""
+    leaves: dict[str, Any] = {}
+    for key, value in nested.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:
+    """One `key: expected X, got Y` for each leaf that differs."""
+    one, other = flat(expected), flat(got)
+    keys = dict.fromkeys([*one, *other])
+    return [f"{k}: expected {one.get(k)}, got {other.get(k)}" for k in keys if one.get(k) != other.get(k)]

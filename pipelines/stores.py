@@ -1,0 +1,90 @@
+"""Where stores lie, and opening them for what they must be."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from feature_store import CacheSettings, FeatureStore, Fingerprint
+from fsdino.errors import UserError
+from fsdino.specs import encoder_spec, teacher_spec
+from pipelines.recipes import Backbone, Places
+
+T = TypeVar("T")
+
+
+def place(root: str, dataset: str, fingerprint: Fingerprint, res_px: int) -> str:
+    """Where a data set's features are kept; `res_px` is the student's, also for a teacher that sees another side."""
+    return at(root, dataset, fingerprint.model, fingerprint.feature, res_px)
+
+
+def at(root: str, dataset: str, model: str, feature: str, res_px: int) -> str:
+    """As `place`, from its parts: two encoders, or two adapters, live side by side."""
+    return f"{root.rstrip('/')}/{dataset}/{model}/{feature}@{res_px}"
+
+
+def adapter_model(encoder: str, digest: str) -> str:
+    """What the embeddings of an adapter are filed under."""
+    return f"{encoder}-adapter-{digest[:8]}"
+
+
+def open_encoded(places: Places, dataset: str, feature: str, backbone: Backbone, res_px: int) -> FeatureStore:
+    """The encoder's `early` or `late` features at a resolution, checked for being those."""
+    spec = encoder_spec(backbone.encoder, backbone.early_norm, backbone.late_norm)
+    spec.grid(res_px)
+    layer = spec.early if feature == "early" else spec.late
+    expect = {
+        "feature": feature,
+        "model": spec.name,
+        "layer": layer.name,
+        "norm": layer.norm,
+        "res_px": res_px,
+        "view_seed": backbone.view_seed,
+    }
+    return _open(places, at(places.store, dataset, spec.name, feature, res_px), expect)
+
+
+def open_teacher(places: Places, dataset: str, teacher: str, res_px: int) -> FeatureStore:
+    """The teacher's embeddings for students at a resolution."""
+    spec = teacher_spec(teacher)
+    expect = {"feature": "teacher", "model": teacher, "layer": spec.layer.name, "res_px": spec.input_px(res_px)}
+    return _open(places, at(places.store, dataset, teacher, "teacher", res_px), expect)
+
+
+def open_embedding(places: Places, dataset: str, digest: str, late: FeatureStore) -> FeatureStore:
+    """The embeddings that the adapter of that digest computed from the encoder's views that `late` holds."""
+    of = late.fingerprint
+    baked_from = {"feature": "early", "model": of.model, "weights": of.weights, "res_px": of.res_px}
+    expect = {
+        "feature": "embedding",
+        "weights": digest,
+        "grid": of.grid,
+        "view_seed": of.view_seed,
+        "made_from": baked_from,
+    }
+    return _open(places, at(places.store, dataset, adapter_model(of.model, digest), "embedding", of.res_px), expect)
+
+
+def without_quarantined(images: Mapping[str, T], stores: Iterable[FeatureStore | None]) -> dict[str, T]:
+    """Images that have features in every store."""
+    bad = {sample_id for store in stores if store is not None for sample_id, _ in store.quarantined}
+    return {image_id: classes for image_id, classes in images.items() if image_id not in bad}
+
+
+def check_weights(store: FeatureStore, digest: str) -> None:
+    """Raise UserError if a store was computed with other weights."""
+    if store.fingerprint.weights != digest:
+        raise UserError(
+            f"{store.url}: expected features of the weights {digest}, got {store.fingerprint.weights}; "
+            "name the file that computed them, or another --store"
+        )
+
+
+def fingerprint_tags(stores: Iterable[FeatureStore]) -> dict[str, str]:
+    """What the stores hold, as tags of a run."""
+    return {f"store.{s.fingerprint.feature}.{s.fingerprint.res_px}": str(asdict(s.fingerprint)) for s in stores}
+
+
+def _open(places: Places, url: str, expect: dict[str, Any]) -> FeatureStore:
+    """A store, behind the local cache if there is one."""
+    cache = CacheSettings(places.cache, int(places.cache_gb * 1e9)) if places.cache else None
+    return FeatureStore(url, expect, cache=cache)

@@ -1,0 +1,72 @@
+"""Which images train and test, and for which classes, against counts by hand and those of the published protocol."""
+
+from dataclasses import replace
+
+import pytest
+
+from fsdino.data.dataset import open_dataset
+from fsdino.data.protocols import HDMNET, protocol_of
+from fsdino.data.voc import VocDataset
+from fsdino.errors import UserError
+
+PIXELS = {
+    "b": {1: 100, 6: 9000},
+    "a": {1: 5000},
+    "c": {6: 2047, 7: 2048},
+    "d": {2: 3000, 3: 2048},
+    "e": {},
+    "f": {3: 9000, 4: 5, 1: 1},
+}
+
+
+class Counted(VocDataset):
+    """Twenty classes and the pixels above, without any file."""
+
+    def __init__(self):
+        self.class_names = [f"class {c}" for c in range(1, 21)]
+
+    def class_pixels(self, split):
+        return PIXELS
+
+
+DATASET = Counted()
+
+
+def test_an_image_with_a_single_novel_pixel_does_not_train():
+    assert list(HDMNET.training_images(DATASET, 0)) == ["c"]
+    keeping = replace(HDMNET, drops_novel=False)
+    assert list(keeping.training_images(DATASET, 0)) == ["b", "c"]  # novel pixels are background then
+
+
+def test_an_image_is_listed_from_2048_pixels_and_in_the_lists_order():
+    listed = {image_id: classes.listed for image_id, classes in HDMNET.test_images(DATASET, 0).items()}
+    assert list(listed.items()) == [("a", (1,)), ("d", (2, 3)), ("f", (3,))]
+    assert {i: c.listed for i, c in HDMNET.test_images(DATASET, 1).items()} == {"b": (6,), "c": (7,)}
+
+
+def test_an_unknown_protocol_is_a_users_mistake():
+    assert protocol_of("hdmnet") is HDMNET
+    with pytest.raises(UserError, match="--protocol hsnetto: no such protocol; known are hdmnet"):
+        protocol_of("hsnetto")
+
+
+@pytest.mark.real_data
+def test_the_test_folds_of_pascal_are_as_large_as_the_protocol_says(voc_root):
+    dataset = open_dataset(str(voc_root))
+    folds = [HDMNET.test_images(dataset, fold) for fold in range(4)]
+    assert [len(images) for images in folds] == [364, 445, 592, 336]
+    assert [sum(len(c.listed) for c in images.values()) for images in folds] == [365, 467, 734, 357]
+    for images in folds:
+        assert list(images) == [i for i in dataset.ids("val") if i in images]
+
+
+@pytest.mark.real_data
+def test_no_training_image_of_a_fold_holds_a_novel_pixel(voc_root):
+    dataset = open_dataset(str(voc_root))
+    pixels = dataset.class_pixels("train")
+    for fold in range(4):
+        novel = set(dataset.novel(fold))
+        images = HDMNET.training_images(dataset, fold)
+        assert len(images) > 500
+        assert not any(novel & set(pixels[image_id]) for image_id in images)
+        assert not set(images) & set(dataset.ids("val"))
