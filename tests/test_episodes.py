@@ -29,6 +29,29 @@ def test_test_queries_come_in_order_and_draw_every_class_of_the_image():
     assert all(set(e.views) == {0} for e in drawn)
 
 
+def test_queries_come_in_the_order_in_which_the_images_are_listed():
+    backwards = dict(reversed(IMAGES.items()))
+    drawn = EpisodeSampler(backwards, shots=1, fold=0, seed=0, training=False)
+    assert [drawn.episode(i).query for i in range(24)] == list(backwards)
+
+
+def test_an_epoch_of_training_is_a_permutation_that_differs_between_epochs():
+    drawn = [sampler(training=True).episode(i).query for i in range(24 * 4)]
+    epochs = [drawn[at : at + 24] for at in range(0, len(drawn), 24)]
+    assert all(sorted(epoch) == sorted(IMAGES) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4 and epochs[0] != sorted(IMAGES)
+
+
+def test_a_querys_class_may_be_one_that_it_is_too_small_to_support():
+    images = {f"image{i}": ImageClasses((1,), (1, 2)) if i < 4 else ImageClasses((2,), (2,)) for i in range(8)}
+    drawn = EpisodeSampler(images, shots=2, fold=0, seed=0, training=False)
+    of_small = [e for e in map(drawn.episode, range(400)) if e.query == "image0"]
+    assert {e.class_id for e in of_small} == {1, 2}
+    for episode in of_small:
+        supporting = {i for i, classes in images.items() if episode.class_id in classes.listed}
+        assert set(episode.supports) <= supporting - {episode.query}
+
+
 def test_training_draws_every_view():
     assert {v for i in range(100) for v in sampler(training=True).episode(i).views} == {0, 1, 2, 3}
 

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fsdino.data.dataset import open_dataset
-from fsdino.data.protocols import HDMNET, protocol_of
+from fsdino.data.protocols import HDMNET, ImageClasses, protocol_of
 from fsdino.data.voc import VocDataset
 from fsdino.errors import UserError
 
@@ -44,6 +45,17 @@ def test_an_image_is_listed_from_2048_pixels_and_in_the_lists_order():
     assert {i: c.listed for i, c in HDMNET.test_images(DATASET, 1).items()} == {"b": (6,), "c": (7,)}
 
 
+def test_a_querys_class_is_drawn_among_all_of_the_fold_with_a_pixel_in_it():
+    """HDMNet's rule, without one of size; a class that no image is listed for has no supports and is left out."""
+    assert HDMNET.test_images(DATASET, 0) == {
+        "a": ImageClasses(listed=(1,), drawn=(1,)),
+        "d": ImageClasses(listed=(2, 3), drawn=(2, 3)),
+        "f": ImageClasses(listed=(3,), drawn=(1, 3)),  # one pixel of class 1 is enough, five of class 4 are not
+    }
+    listed = replace(HDMNET, draws_any_pixel=False).test_images(DATASET, 0)
+    assert listed["f"] == ImageClasses(listed=(3,), drawn=(3,))
+
+
 def test_an_unknown_protocol_is_a_users_mistake():
     assert protocol_of("hdmnet") is HDMNET
     with pytest.raises(UserError, match="--protocol hsnetto: no such protocol; known are hdmnet"):
@@ -56,8 +68,11 @@ def test_the_test_folds_of_pascal_are_as_large_as_the_protocol_says(voc_root):
     folds = [HDMNET.test_images(dataset, fold) for fold in range(4)]
     assert [len(images) for images in folds] == [364, 445, 592, 336]
     assert [sum(len(c.listed) for c in images.values()) for images in folds] == [365, 467, 734, 357]
-    for images in folds:
+    for fold, images in enumerate(folds):
         assert list(images) == [i for i in dataset.ids("val") if i in images]
+        novel = set(dataset.novel(fold))
+        for image_id, classes in images.items():
+            assert set(classes.drawn) == novel & set(np.unique(dataset.label(image_id)).tolist())
 
 
 @pytest.mark.real_data

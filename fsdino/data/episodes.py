@@ -4,6 +4,7 @@ No episode depends on the number of workers or on the episodes before it, so a r
 repeats exactly.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ import numpy as np
 from fsdino.data.protocols import ImageClasses
 from fsdino.errors import UserError
 
-TRAIN, TEST = 0, 1
+TRAIN, TEST, ORDER = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Episode:
 class EpisodeSampler:
     """Episodes over images that are each annotated with their classes (see Protocol.images).
 
-    Test queries come in the images' order. Training draws the query uniformly, or, with `balance` above 0, the class
-    first, by its number of images to the power 1 - `balance` (1: all equally likely), then one of its images. Training
-    also draws each image's view, and whether its features are mirrored (`flip`, one half). Supports are distinct and
-    never the query.
+    Test queries come in the images' order. Training queries come in epochs: each a permutation of the images, every
+    image once; or, with `balance` above 0, the class is drawn first, by its number of images to the power
+    1 - `balance` (at 1 all classes are equally likely), then one of its images. Training also draws each image's view, and whether
+    its features are mirrored (`flip`, one half). Supports are distinct and never the query.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class EpisodeSampler:
         balance: float = 0.0,
         flip: bool = False,
     ):
-        self.images = sorted(images)
+        self.images = list(images)
         self.by_class: dict[int, list[str]] = {}
         for image_id, classes in images.items():
             for class_id in classes.listed:
@@ -76,10 +77,19 @@ class EpisodeSampler:
             class_id = sorted(self.by_class)[rng.choice(len(self.class_shares), p=self.class_shares)]
             query = self.by_class[class_id][rng.integers(len(self.by_class[class_id]))]
         else:
-            query = self.images[rng.integers(len(self.images)) if self.training else index % len(self.images)]
+            epoch, position = divmod(index, len(self.images))
+            if self.training:
+                position = _order(self.seed, self.fold, epoch, len(self.images))[position]
+            query = self.images[position]
             class_id = self.classes[query][rng.integers(len(self.classes[query]))]
         others = [image_id for image_id in self.by_class[class_id] if image_id != query]
         supports = tuple(others[i] for i in rng.choice(len(others), self.shots, replace=False))
         views = tuple(int(v) for v in rng.integers(self.num_views, size=1 + self.shots))
         flips = tuple(bool(f) for f in rng.random(1 + self.shots) < (0.5 if self.flip else 0))
         return Episode(class_id, query, supports, views, flips)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, fold: int, epoch: int, num_images: int) -> list[int]:
+    """The order of an epoch's queries."""
+    return np.random.default_rng([seed, fold, ORDER, epoch]).permutation(num_images).tolist()

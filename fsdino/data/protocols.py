@@ -64,7 +64,7 @@ class Protocol:
         }
 
 
-HDMNET = Protocol("hdmnet", min_pixels=paper.MIN_CLASS_PIXELS, drops_novel=True, draws_any_pixel=False)
+HDMNET = Protocol("hdmnet", min_pixels=paper.MIN_CLASS_PIXELS, drops_novel=True, draws_any_pixel=True)
 PROTOCOLS = {protocol.name: protocol for protocol in (HDMNET,)}
 
 
