@@ -1,13 +1,13 @@
 """Inspect, verify, repair and copy feature stores.
 
     python -m feature_store ls outputs/stores
-    python -m feature_store stats outputs/stores/pascal-5i/late@400
-    python -m feature_store verify s3://features/pascal-5i/late@518
-    python -m feature_store repair s3://features/pascal-5i/late@518
-    python -m feature_store copy s3://features/pascal-5i/late@518 /scratch/stores/pascal-5i/late@518
-    python -m feature_store diff outputs/stores/pascal-5i/late@400 /scratch/stores/pascal-5i/late@400
+    python -m feature_store stats outputs/stores/pascal-5i/tf_efficientnet_lite0/late@400
+    python -m feature_store verify s3://features/pascal-5i/dinov2_vitb14/late@518
+    python -m feature_store repair s3://features/pascal-5i/dinov2_vitb14/late@518
+    python -m feature_store copy s3://features/pascal-5i/dinov2_vitb14/late@518 /scratch/late@518
+    python -m feature_store diff s3://features/pascal-5i/dinov2_vitb14/late@518 /scratch/late@518
     python -m feature_store gc outputs/stores --delete
-    python -m feature_store warm s3://features/pascal-5i/late@518 --cache /scratch/cache --cache-gb 200
+    python -m feature_store warm s3://features/pascal-5i/dinov2_vitb14/late@518 --cache /scratch/cache --cache-gb 200
 
 The last line of stdout is JSON. Exit codes: 0 all well, 1 damage (`verify`), a difference (`diff`) or a place that
 failed, 2 wrong usage or no such store.

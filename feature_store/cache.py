@@ -59,7 +59,7 @@ class SampleCache:
                     fcntl.flock(file, fcntl.LOCK_SH)
         except OSError as error:
             raise StoreError(
-                f"{settings.folder}: no place for a cache ({error.strerror}); name another folder"
+                f"{settings.folder}: cannot hold a cache ({error.strerror}); name another folder"
             ) from None
 
     def read_into(self, row: int, sample: memoryview) -> bool:

@@ -34,7 +34,7 @@ class Lock:
         """Raise StoreError if the lock is no longer ours."""
         if self.lost_to is not None:
             raise StoreError(
-                f"{self.folder.url}: {self.lost_to} took this store over, as this job had not been heard of for "
+                f"{self.folder.url}: {self.lost_to} took this store over, because this job gave no sign of life for "
                 f"{STALE_SECONDS:.0f} s; let that one finish"
             )
 

@@ -77,7 +77,7 @@ class FeatureStore:
             sample_id, view = error.args[0]
             raise StoreError(
                 f"{self.url}: no sample {sample_id!r} view {view} among {len(self)}; "
-                "extract with that image and --num-views above it"
+                "extract with that image and a larger --num-views"
             ) from None
         for key in zip(sample_ids, views, strict=True) if self.quarantined else ():
             if key in self.quarantined:

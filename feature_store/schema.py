@@ -61,11 +61,7 @@ class Fingerprint:
 
     def differences(self, expected: dict[str, Any]) -> list[str]:
         """One `field: expected X, got Y` for each field that differs from what is expected."""
-        return differences(asdict(self), expected)
-
-    def digest(self) -> str:
-        """Sixteen hex digits that two fingerprints share exactly if they are equal."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return _differences(asdict(self), expected)
 
 
 class Row(NamedTuple):
@@ -82,13 +78,13 @@ def build_id(fingerprint: Fingerprint, rows: Sequence[Row]) -> str:
     return hashlib.sha256(record.encode()).hexdigest()[:8]
 
 
-def differences(own: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(own: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:
     """One `field: expected X, got Y` for each leaf of `expected` that `own` differs from."""
     differing = []
     for key, value in expected.items():
         got = own.get(key)
         if isinstance(value, dict) and isinstance(got, dict):
-            differing += differences(got, value, f"{prefix}{key}.")
+            differing += _differences(got, value, f"{prefix}{key}.")
         elif got != value:
             differing.append(f"{prefix}{key}: expected {value}, got {got}")
     return differing

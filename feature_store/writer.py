@@ -36,14 +36,16 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWri
         existing = Fingerprint.of_record(read_array(url, folder.read(layout.ARRAY))["attributes"]["fingerprint"])
         differing = existing.differences(fingerprint.record()["fingerprint"])
         if differing:
-            raise StoreError(f"{url}: another store is in the way ({'; '.join(differing)}); choose another --store")
+            raise StoreError(
+                f"{url}: holds a store with another fingerprint ({'; '.join(differing)}); choose another --store"
+            )
     if layout.PLAN in there:
         planned = _read_plan(url, folder.read(layout.PLAN))
         if build_id(fingerprint, rows) != build_id(
             fingerprint, planned
         ):  # sources may differ: the data lie elsewhere now
             raise StoreError(
-                f"{url}: a store of other images is in the way (expected {len(rows)} rows, got {len(planned)}, "
+                f"{url}: holds a store of other images (expected {len(rows)} rows, got {len(planned)}, "
                 "or in another order); choose another --store"
             )
     else:
@@ -55,7 +57,7 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWri
         raise DamagedFile(url, layout.ARRAY)
     writer = ShardWriter(url)
     if writer.build_id != build_id(fingerprint, rows):
-        raise StoreError(f"{url}: another job made a store of its own there at this moment; rerun the command")
+        raise StoreError(f"{url}: another job created a different store there just now; rerun the command")
     return writer
 
 

@@ -28,7 +28,7 @@ class Features(NamedTuple):
     late: Float[Tensor, "b d g g"]
 
 
-@runtime_checkable
+@runtime_checkable  # tests check annotations while they run
 class Encoder(Protocol):
     """What extraction and prediction need of an encoder."""
 
@@ -243,14 +243,16 @@ def encoder_of_checkpoint(record: dict[str, Any], weights: str | None = None) ->
     Raises UserError if the weights are others.
     """
     if "backbone" not in record or "late" not in record:
-        raise UserError("the checkpoint does not say which encoder it was trained on; take one of train_episodic")
+        raise UserError(
+            "the checkpoint does not say which encoder it was trained on; use one written by train_episodic"
+        )
     trained_on = record["backbone"]
     name, weights = trained_on["encoder"], weights or trained_on["encoder_weights"]
     digest = weights_digest(name, weights)
     if digest != record["late"]["weights"]:
         raise UserError(
             f"{name}: expected the weights {record['late']['weights']} that the checkpoint was trained on, "
-            f"got {digest}; name the right file with --encoder-weights"
+            f"got {digest}; name the right file (--encoder-weights, encoder_weights=)"
         )
     return build_encoder(name, weights, early_norm=trained_on["early_norm"], late_norm=trained_on["late_norm"])
 

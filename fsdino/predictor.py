@@ -6,9 +6,10 @@ predictor.set_image("a.jpg")
 masks, scores = predictor.segment([cat])
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from fsdino.data.masks import read_mask
 from fsdino.encoder import Encoder, Features, encoder_of_checkpoint, to_input
 from fsdino.errors import UserError
-from fsdino.preprocess import Source, read_image, resize_square
+from fsdino.preprocess import Source, read_image, resize_square, to_rgb
 from fsdino.prompts import mask_to_grid
 from fsdino.segmenter import Segmenter, SupportEncoding
 from fsdino.state import state_digest
@@ -52,7 +53,7 @@ class ClassEncoding:
     shots: int
     support: SupportEncoding
     segmenter: str
-    """Digest of the segmenter's weights."""
+    """Digest of the segmenter's weights and config."""
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, with name, shots and segmenter in its header."""
@@ -86,7 +87,8 @@ class Predictor:
         network: Any = encoder
         self.encoder: Encoder = network.to(self.device)
         self.segmenter, self.res_px = segmenter.to(self.device).eval(), res_px
-        self.digest = state_digest(segmenter)
+        config = json.dumps(asdict(segmenter.config), sort_keys=True)
+        self.digest = hashlib.sha256(f"{state_digest(segmenter)} {config}".encode()).hexdigest()[:16]
         self._images: list[tuple[tuple[int, int], Features, Tensor]] = []
 
     @classmethod
@@ -128,7 +130,9 @@ class Predictor:
 
     @torch.inference_mode()
     def set_images(self, images: Sequence[Photograph]) -> None:
-        """Encode several photographs in one batch, for `segment_batch`."""
+        """Encode several photographs in one batch, for `segment_batch`. Raises UserError if there are none."""
+        if not images:
+            raise UserError("expected at least one photograph, got none")
         opened = [_opened(image) for image in images]
         features = self._features(opened)
         embeddings = self.segmenter.embed(features.early)
@@ -154,7 +158,7 @@ class Predictor:
     def logits(
         self, classes: Sequence[ClassEncoding]
     ) -> list[tuple[Float[Tensor, "n h w"], Float[Tensor, "n m m"] | None]]:
-        """For each image its mask logits at its own size, and the prior's on the network's grid (4D variant only)."""
+        """For each image its mask logits at its own size, and the prior's at 4 times the grid (4D variant only)."""
         support = self._support(classes)
         results = []
         for (width, height), features, embedding in self._images:
@@ -194,7 +198,7 @@ def _segmentation(logits: Float[Tensor, "n h w"]) -> Segmentation:
 
 
 def _opened(image: Photograph) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
+    return to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
 
 
 def _checked(mask: Mask, image: Image.Image) -> np.ndarray:

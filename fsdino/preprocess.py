@@ -28,10 +28,11 @@ def read_image(path: Source) -> Image.Image:
 
     Raises UserError if the file is missing or is no readable image; OSError if the place it lies on fails.
     """
-    return decoded(path, _rgb)
+    return decoded(path, to_rgb)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded photograph as `read_image` gives it. Raises ValueError for what has no 8-bit form."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         values = np.asarray(image)

@@ -50,7 +50,7 @@ class Segmenter(nn.Module):
     def __init__(self, config: SegmenterConfig, shape: SegmenterShape):
         super().__init__()
         self.config, self.shape = config, shape
-        self.origin: dict[str, Any] = {}  # what a checkpoint's record says beyond the config: encoder, fold, scores
+        self.origin: dict[str, Any] = {}  # what a checkpoint's record says beyond the config: encoder, fold, training
         width = shape.embedding_channels
         self.adapter = BottleneckAdapter(shape.early_channels, width).requires_grad_(config.adapter == "joint")
         self.prompt = SemanticVisualPrompt(shape.late_channels, width) if config.semantic_prompt else None
@@ -149,5 +149,7 @@ class Segmenter(nn.Module):
         except (KeyError, TypeError, RuntimeError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"{folder}: expected a segmenter's checkpoint, got another's ({first})") from None
-        model.origin = {key: value for key, value in record.items() if key not in ("config", "shape", "format_version")}
+        model.origin = {
+            key: value for key, value in record.items() if key not in ("config", "shape", "format_version", "sha256")
+        }
         return model.eval(), record

@@ -116,7 +116,7 @@ def efficientnet_lite_state(name: str, network: nn.Module) -> dict[str, Tensor]:
 
 
 def state_digest(network: nn.Module) -> str:
-    """SHA-256 of all weights with their names: two networks share it exactly when they compute the same features."""
+    """Sixteen hex digits of the SHA-256 of all weights with their names."""
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())

@@ -17,7 +17,7 @@ from fsdino.state import efficientnet_lite_state, load_state
 from fsdino.weights import weights_file
 
 
-@runtime_checkable
+@runtime_checkable  # tests check annotations while they run
 class Teacher(Protocol):
     """What extraction needs of a teacher."""
 

@@ -74,7 +74,7 @@ def fetch(name: str, published: Published | None = None) -> Path:
         return target
     if offline():
         raise UserError(
-            f"{target}: expected the weights of {name}, found none, and FSDINO_OFFLINE forbids to fetch them"
+            f"{target}: expected the weights of {name}, found none, and FSDINO_OFFLINE forbids downloading them"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def fetch(name: str, published: Published | None = None) -> Path:
             if not target.exists():
                 _fetch(published, target)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error}); let FSDINO_CACHE name a folder that can") from None
+        raise UserError(f"{target}: cannot be written ({error}); set FSDINO_CACHE to a writable folder") from None
     return target
 
 
@@ -173,7 +173,7 @@ def from_hub(reference: str) -> Path:
     except (OSError, ValueError) as error:  # all of the hub's errors are one or the other
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{reference}: cannot be had from the hub ({first}); check the name, or name a local file"
+            f"{reference}: cannot be downloaded from the hub ({first}); check the name, or name a local file"
         ) from None
 
 

@@ -45,13 +45,6 @@ def job(settings: Settings) -> dict[str, Any]:
     adapter = checkpoints.plan_adapter(
         places, dataset.name, backbone, settings.teaching, settings.model, of.weights, settings.adapter_checkpoint
     )
-    if adapter.kind == "distilled":
-        made_for = Fingerprint.of_record(checkpoints.read_record(adapter.url, "adapter")["early"])
-        if (made_for.layer, made_for.norm) != (of.layer, of.norm):
-            raise UserError(
-                f"{adapter.url}: expected an adapter for {of.layer} with norm {of.norm}, got one for {made_for.layer} "
-                f"with norm {made_for.norm}; distil again under another --out"
-            )
     fingerprint = Fingerprint(
         feature="embedding",
         model=stores.adapter_model(backbone.encoder, adapter.digest),
@@ -69,7 +62,7 @@ def job(settings: Settings) -> dict[str, Any]:
     )
     return extraction.extract(
         BakePlan(adapter),
-        ReadStored(early.url),
+        ReadStored(early.url, of),
         [
             extraction.Target(
                 stores.place(places.store, dataset.name, fingerprint, of.res_px), fingerprint, early.samples

@@ -52,7 +52,8 @@ def load_segmenter(url: str) -> "tuple[Segmenter, dict[str, Any]]":
 
 
 def load_predictor(url: str, encoder_weights: str | None) -> "Predictor":
-    """The predictor of a segmenter at a path or URL. Raises UserError if there is none."""
+    """The predictor of a segmenter at a path or URL. Raises UserError if there is none, or if the encoder's weights
+    are not those it was trained on."""
     from fsdino.predictor import Predictor
 
     return _fetched(
@@ -103,13 +104,19 @@ def plan_adapter(
         seed = seed if model.adapter == "joint" else 0
         channels = (encoder_spec(backbone.encoder).early.channels, teacher_spec(teaching.teacher).layer.channels)
         return AdapterPlan(model.adapter, "", *channels, state_digest(_random_adapter(*channels, seed)), seed)
-    url = checkpoint_url or f"{run_folder(places, dataset, backbone)}/{distill_name(teaching)}/final"
+    url = (
+        absolute(checkpoint_url)
+        if checkpoint_url
+        else f"{run_folder(places, dataset, backbone)}/{distill_name(teaching)}/final"
+    )
     record = read_record(url, "adapter")
-    of = Fingerprint.of_record(record["early"])
-    if (of.model, of.weights) != (backbone.encoder, encoder_weights):
+    layer = encoder_spec(backbone.encoder, backbone.early_norm, backbone.late_norm).early
+    expected = {"model": backbone.encoder, "weights": encoder_weights, "layer": layer.name, "norm": layer.norm}
+    differing = Fingerprint.of_record(record["early"]).differences(expected)
+    if differing:
         raise UserError(
-            f"{url}: expected an adapter for {backbone.encoder} ({encoder_weights}), got one for {of.model} "
-            f"({of.weights}); distil again under another --out"
+            f"{url}: the adapter was distilled from other features ({'; '.join(differing)}); distil again under "
+            "another --out"
         )
     config = record["config"]
     return AdapterPlan("distilled", url, config["in_channels"], config["out_channels"], record["digest"], seed)

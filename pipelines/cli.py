@@ -12,6 +12,7 @@ import tyro
 from feature_store.errors import StoreError, StoreFault
 from feature_store.urls import absolute
 from fsdino.errors import UserError
+from pipelines.outcome import ClusterFault
 from pipelines.recipes import RECIPES
 
 PATHS = {
@@ -21,14 +22,6 @@ PATHS = {
 }
 """Settings that are paths, by their section."""
 S = TypeVar("S")
-
-
-class ClusterFault(Exception):
-    """Ray failed, not the user and not our code; what was finished is kept."""
-
-    def __init__(self, error: BaseException):
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        super().__init__(f"Ray broke down ({first}); finished work is kept, rerun the command to resume")
 
 
 ENVIRONMENT = {

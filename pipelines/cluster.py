@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from fsdino.errors import UserError
-from pipelines.cli import ClusterFault
+from pipelines.outcome import ClusterFault
 from pipelines.recipes import Device
 
 if TYPE_CHECKING:

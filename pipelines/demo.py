@@ -1,4 +1,4 @@
-"""The whole way on generated data, in minutes on two cores: every step is a command that you can run yourself.
+"""The whole pipeline on generated data, in minutes on two cores: every step is a command that you can run yourself.
 
     make demo          # or: python -m pipelines.demo
 

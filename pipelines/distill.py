@@ -1,4 +1,4 @@
-"""Coarse-to-fine distillation (Sec. 3.3.2): early and teacher stores in, a frozen-to-be adapter out.
+"""Coarse-to-fine distillation (Sec. 3.3.2): early and teacher stores in, an adapter out, frozen from then on.
 
     python -m pipelines.distill --recipe offline
 
@@ -75,7 +75,7 @@ def job(settings: Settings) -> dict[str, Any]:
         experiment="distill",
         checkpoint="adapter",
         identity=identity(stores=[asdict(s.fingerprint) for s in early], **origin),
-        tags={"dataset": dataset.name, **stores.fingerprint_tags((*early, teacher))},
+        tags={"dataset": dataset.name, **stores.fingerprint_tags(store.fingerprint for store in (*early, teacher))},
     )
     record = run.finished(places.tracking_uri)
     if record is None:

@@ -127,7 +127,7 @@ class Distiller:
     @torch.inference_mode()
     def ridge_r2(self, store: FeatureStore) -> float:
         """What a linear map from the same layer reaches on the held-out images, with the penalty that suits them best:
-        the least that a student must do better. Fitted to the training images, a random choice if there are many."""
+        the baseline that a student must beat. Fitted to the training images, a random choice if there are many."""
         fit, batch = ridge.RidgeRegression(), self.distillation.distill_batch
         chosen = self.job.trained[:RIDGE_IMAGES]  # they are shuffled
         for at in range(0, len(chosen), batch):

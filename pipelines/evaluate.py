@@ -10,11 +10,11 @@ Cost: 1,000 episodes of the offline recipe took 36 s on two cores.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from feature_store import FeatureStore, Fingerprint
-from feature_store.schema import differences
 from feature_store.storage import open_folder
 from fsdino.config import SegmenterConfig
 from fsdino.data.dataset import open_dataset
@@ -23,7 +23,7 @@ from fsdino.data.protocols import protocol_of
 from fsdino.errors import UserError
 from pipelines import checkpoints, stores
 from pipelines.cli import main
-from pipelines.recipes import Backbone, Benchmark, Device, Places, RecipeName, Testing, model_title
+from pipelines.recipes import Backbone, Benchmark, Device, Places, RecipeName, Testing, model_run, model_title
 from pipelines.runs import identity
 
 
@@ -60,20 +60,17 @@ def job(settings: Settings) -> dict[str, Any]:
     late = stores.open_encoded(places, dataset.name, "late", settings.backbone, settings.backbone.res)
     folder = checkpoints.run_folder(places, dataset.name, settings.backbone)
     url, query, title = "", None, str(settings.method)
-    of: dict[str, Any] = {"model": None, "checkpoint": None, "trained": None}
+    scored: dict[str, Any] = {"model": None, "checkpoint": None, "trained": None, "query": None}
     if settings.method == "segmenter":
-        folder = checkpoints.run_folder(places, dataset.name, settings.backbone)
-        url = (
-            settings.checkpoint or f"{folder}/fold{settings.fold}-{model_title(settings.model, settings.recipe)}/final"
-        )
+        url = settings.checkpoint or f"{folder}/{model_run(settings.fold, settings.model, settings.recipe)}/final"
         record = checkpoints.read_record(url, "segmenter")
         query = open_query(settings, url, record, dataset.name, late)
         title = model_title(SegmenterConfig(**record["config"]), record["recipe"])
-        trained = ("recipe", "dataset", "training_list", "base_images", "protocol", "seed", "episodic", "adapter")
-        of = {
+        scored = {
             "model": record["config"],
             "checkpoint": record["sha256"][:16],
-            "trained": {key: record[key] for key in trained},
+            "trained": record["run"],
+            "query": query.fingerprint,
         }
     sampler = EpisodeSampler(
         stores.without_quarantined(listed, (late, query)),
@@ -84,26 +81,40 @@ def job(settings: Settings) -> dict[str, Any]:
     )
     same = identity(
         dataset=dataset.name,
-        test_list=dataset.list_digest("val"),
         protocol=protocol.name,
+        rules=protocol,
         fold=settings.fold,
+        images=sampler.digest,
         shots=settings.shots,
         episodes=testing.episodes,
         test_seed=testing.test_seed,
         precision=settings.device.train_precision,
         method=title,
-        late=asdict(late.fingerprint),
-        **of,
+        late=late.fingerprint,
+        **scored,
     )
-    known = Scores(f"{folder}/scores", title, same)
-    result = None if settings.panel or settings.masks else known.read()
+    check_outputs(settings)
+    scores = Scores(f"{folder}/scores", title, same)
+    result = None if settings.panel or settings.masks else scores.read()
     if result is None:
         from pipelines import scoring
 
-        job = scoring.ScoringJob(
-            dataset, late, query, sampler, url, settings.method, settings.device, title, same,
-            settings.backbone.res, testing.episodes, places.tracking_uri, settings.panel, settings.masks,
-        )  # fmt: skip
+        planned = scoring.ScoringJob(
+            dataset=dataset,
+            late=late,
+            query=query,
+            sampler=sampler,
+            checkpoint=url,
+            method=settings.method,
+            device=settings.device,
+            title=title,
+            identity=same,
+            res_px=settings.backbone.res,
+            episodes=testing.episodes,
+            tracking_uri=places.tracking_uri,
+            panel=settings.panel,
+            masks=settings.masks,
+        )
         result = {
             "dataset": dataset.name,
             "protocol": protocol.name,
@@ -112,10 +123,20 @@ def job(settings: Settings) -> dict[str, Any]:
             "episodes": testing.episodes,
             "seed": testing.test_seed,
             "variant": title,
-            **scoring.score(job),
+            **scoring.score(planned),
         }
-        known.write(result)
+        scores.write(result)
     return result
+
+
+def check_outputs(settings: Settings) -> None:
+    """Raise UserError if panel or masks could not be written, before any episode runs."""
+    if settings.panel and (
+        Path(settings.panel).suffix != ".png" or not Path(settings.panel).absolute().parent.is_dir()
+    ):
+        raise UserError(f"--panel {settings.panel}: expected a .png file in a folder that exists")
+    if settings.masks and Path(settings.masks).exists() and not Path(settings.masks).is_dir():
+        raise UserError(f"--masks {settings.masks}: expected a folder, got a file")
 
 
 def open_query(settings: Settings, url: str, record: dict[str, Any], dataset: str, late: FeatureStore) -> FeatureStore:
@@ -123,22 +144,24 @@ def open_query(settings: Settings, url: str, record: dict[str, Any], dataset: st
 
     Raises UserError if the checkpoint was trained on other features, or for another fold.
     """
-    if "late" not in record:
-        raise UserError(f"{url}: the checkpoint does not say what it was trained on; take one of train_episodic")
-    trained_on = Fingerprint.of_record(record["late"])
+    if "late" not in record or "run" not in record:
+        raise UserError(f"{url}: the checkpoint does not say what it was trained on; use one written by train_episodic")
+    trained_on, backbone = Fingerprint.of_record(record["late"]), Backbone(**record["backbone"])
     decisive = ("model", "weights", "layer", "norm", "res_px", "preprocessing")
-    differing = differences(asdict(trained_on), {key: getattr(late.fingerprint, key) for key in decisive})
+    differing = trained_on.differences({key: getattr(late.fingerprint, key) for key in decisive})
     if differing:
         raise UserError(
-            f"{url}: trained on other features than {late.url} ({'; '.join(differing)}); name its own --store or --res"
+            f"{url}: trained on other features than {late.url} ({'; '.join(differing)}); pass the --store or --res it "
+            "was trained with"
         )
     if record["dataset"] == dataset and record["fold"] != settings.fold:
         raise UserError(
-            f"{url}: trained for fold {record['fold']}, so it knows the classes of fold {settings.fold}; test its own"
+            f"{url}: trained for fold {record['fold']}, so it has seen the classes of fold {settings.fold}; "
+            f"evaluate it on fold {record['fold']}"
         )
     if record["adapter"]["kind"] != "joint":
-        return stores.open_embedding(settings.places, dataset, record["adapter"]["digest"], late)
-    early = stores.open_encoded(settings.places, dataset, "early", settings.backbone, settings.backbone.res)
+        return stores.open_embedding(settings.places, dataset, record["adapter"]["digest"], backbone, late)
+    early = stores.open_encoded(settings.places, dataset, "early", backbone, backbone.res)
     stores.check_weights(early, late.fingerprint.weights)
     return early
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,7 +22,7 @@ from feature_store.lock import locked
 from fsdino.data.dataset import Dataset, Split, open_dataset
 from fsdino.data.photographs import list_photographs, set_name
 from fsdino.errors import UserError
-from pipelines import cluster
+from pipelines import cluster, stores
 from pipelines.networks import NetworkPlan
 from pipelines.recipes import Extraction, Places
 from pipelines.stages import Extract, Item, Read, Unit, Written
@@ -75,8 +75,8 @@ def plan_items(targets: Sequence[Target], missing: Mapping[str, Sequence[int]]) 
             rows = tuple(target.rows[inside.start : inside.stop])
             merged.setdefault((shard, target.fingerprint.res_px, rows), []).append(target)
     items: dict[int, list[Unit]] = {}
-    for (shard, res_px, rows), alike in merged.items():
-        urls, features = tuple(t.url for t in alike), tuple(t.fingerprint.feature for t in alike)
+    for (shard, res_px, rows), together in merged.items():
+        urls, features = tuple(t.url for t in together), tuple(t.fingerprint.feature for t in together)
         group = order[rows[0].source] // IMAGES_PER_ITEM
         items.setdefault(group, []).append(Unit(shard, res_px, rows, urls, features))
     return [Item(tuple(items[group])) for group in sorted(items)]
@@ -88,8 +88,11 @@ def extract(
     """Fill the stores and seal them.
 
     Prints the plan, shows progress, does only the shards that some store lacks. Images that cannot be read are
-    quarantined up to `settings.max_bad_share` of them; one that was repaired since is read again. Returns counts for
-    the summary; a run that computed anything is also in MLflow's experiment `extract`.
+    quarantined up to `settings.max_bad_share` of them; while a store is unfinished, one that was repaired since is read
+    again. Returns counts for the summary; a run that computed anything is also in MLflow's experiment `extract`.
+
+    Raises UserError if more images cannot be read, StoreError if another store or another job is in the way, and
+    ClusterFault.
     """
     started = time.perf_counter()
     writers = {target.url: create(target.url, target.fingerprint, target.rows) for target in targets}
@@ -116,21 +119,21 @@ def extract(
             if missing[url] and writer.sealed():  # after a repair that was stopped half-way
                 writer.unseal()
         name = "+".join(f"{target.fingerprint.feature}@{target.fingerprint.res_px}" for target in targets)
-        tags = {f"store.{t.fingerprint.feature}.{t.fingerprint.res_px}": str(asdict(t.fingerprint)) for t in targets}
+        tags = stores.fingerprint_tags(target.fingerprint for target in targets)
         from pipelines import tracking
 
         with tracking.running(tracking_uri, "extract", name, asdict(settings) | {"samples": len(samples)}, tags) as run:
             check_bad(bad, images, settings)
             builds = {url: writer.build_id for url, writer in writers.items()}
-            progress, written = Progress(computed, settings), 0
-            for unit in run_units(network, read, builds, items, settings) if items else ():
-                progress.add(unit.images)
-                written += unit.bytes
-                bad |= unit.bad
-                check_bad(bad, images, settings)
-                for lock in locks:
-                    lock.check()
-            progress.close()
+            written = 0
+            with closing(Progress(computed, settings)) as progress:
+                for unit in run_units(network, read, builds, items, settings) if items else ():
+                    progress.add(unit.images)
+                    written += unit.bytes
+                    bad |= unit.bad
+                    check_bad(bad, images, settings)
+                    for lock in locks:
+                        lock.check()
             for lock in locks:
                 lock.beat()
                 lock.check()

@@ -11,6 +11,16 @@ from feature_store.errors import StoreError
 from fsdino.errors import UserError
 
 T = TypeVar("T")
+
+
+class ClusterFault(Exception):
+    """Ray failed, not the user and not our code; what was finished is kept."""
+
+    def __init__(self, error: BaseException):
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        super().__init__(f"Ray broke down ({first}); finished work is kept, rerun the command to resume")
+
+
 EXPECTED = (UserError, StoreError)
 """Errors whose one line says all; any other is a fault of ours and keeps its traceback."""
 

@@ -17,7 +17,6 @@ from fsdino.errors import UserError
 from fsdino.preprocess import read_image
 from pipelines import checkpoints
 from pipelines.cli import main
-from pipelines.recipes import RecipeName
 
 PANEL = "panel.png"
 
@@ -26,7 +25,6 @@ PANEL = "panel.png"
 class Settings:
     """Segment the object that the supports show in each query photograph."""
 
-    recipe: RecipeName
     checkpoint: str
     """Checkpoint folder of train_episodic (its `final`)."""
     support: tuple[str, ...]

@@ -17,7 +17,7 @@ class Places:
     """Where things are."""
 
     data: str
-    """Data set in VOC's layout: the folder that holds JPEGImages, on a path that every node sees or any fsspec URL."""
+    """Data set in VOC's layout: the folder that holds JPEGImages, on a path every node can read or any fsspec URL."""
     store: str = "outputs/stores"
     """Root of the feature stores: a path or any fsspec URL."""
     cache: str | None = None
@@ -72,11 +72,11 @@ class Extraction:
     actors: int = 1
     """Processes that run the network."""
     actor_cpus: float = 1
-    """CPU cores for each of them."""
+    """CPU cores per actor."""
     actor_gpus: float = 0
-    """GPUs for each of them; fractions share one."""
+    """GPUs per actor; fractions share one."""
     decode_cpus: float = 0.5
-    """CPU cores for each decoding task, of which there are as many as find room beside the actors."""
+    """CPU cores per decoding task; as many run as fit beside the actors."""
     forward_batch: int = 8
     """Images in one forward pass."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -84,7 +84,7 @@ class Extraction:
     compile: bool = False
     """Run the network through torch.compile; worth it for long jobs on GPUs."""
     dtype: Literal["float16", "float32", "int8"] = "float16"
-    """Of stored values; int8 is packed with a scale for each 64 channels, in half of float16's bytes."""
+    """Type of stored values; int8 is packed with a scale for each 64 channels, in half of float16's bytes."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """An image that cannot be read is listed in the manifest as quarantined, or stops the job."""
     max_bad_share: float = 0.01
@@ -98,7 +98,7 @@ class Workers:
     workers: int = 1
     """Ray Train workers; the batch is split among them."""
     worker_cpus: float = 2
-    """CPU cores for each."""
+    """CPU cores per worker."""
     checkpoint_every: int = 200
     """Steps between checkpoints; a killed run resumes from the last one."""
     seed: int = 0
@@ -107,7 +107,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class Device:
-    """What a model runs on, in training and in tests."""
+    """Device for training and evaluation."""
 
     gpu: bool = False
     """One GPU for each process."""
@@ -124,7 +124,7 @@ class Distillation:
     distill_epochs: int = paper.DISTILL_EPOCHS
     """Passes over the training images at each resolution."""
     distill_batch: int = paper.BATCH_SIZE
-    """Images in a step, over all workers."""
+    """Images per step, across all workers."""
     distill_lr: float = paper.LEARNING_RATE
     """Initial learning rate of each stage."""
     validation_share: float = 0.05
@@ -140,7 +140,7 @@ class Episodic:
     steps: int | None = None
     """Number of steps, instead of epochs."""
     batch: int = paper.BATCH_SIZE
-    """Episodes in a step, over all workers."""
+    """Episodes per step, across all workers."""
     train_shots: int = 1
     """Supports in a training episode."""
     lr: float = paper.LEARNING_RATE
@@ -235,7 +235,7 @@ def offline_recipe() -> Recipe:
 
 
 def tiny_recipe() -> Recipe:
-    """The paper's classes at toy size with random weights: the whole way in seconds, for tests."""
+    """The paper's architecture at toy size with random weights: the whole pipeline in seconds, for tests."""
     return Recipe(
         places=Places(data="outputs/shapes"),
         backbone=Backbone(encoder="tiny_vit", res=70, num_views=2),
@@ -263,6 +263,11 @@ def departures(section: Any, of_recipe: Any) -> list[str]:
         if value != getattr(of_recipe, field.name):
             words.append(f"{name}-{value}" if not isinstance(value, bool) else name if value else f"no-{name}")
     return words
+
+
+def model_run(fold: int, model: SegmenterConfig, recipe: str) -> str:
+    """What a run of a fold is called, if nothing else departs from the recipe."""
+    return f"fold{fold}-{model_title(model, recipe)}"
 
 
 def model_title(model: SegmenterConfig, recipe: str) -> str:

@@ -1,6 +1,6 @@
 """A table of the evaluations that MLflow holds: runs in, Markdown out.
 
-    python -m pipelines.report --recipe offline --dataset pascal-5i
+    python -m pipelines.report --dataset pascal-5i
 
 A row holds runs that differ in nothing but fold and checkpoint: one recipe, encoder, resolution, model, protocol, list
 and seed. What differs otherwise has a row of its own, which says in what.
@@ -9,36 +9,41 @@ and seed. What differs otherwise has a row of its own, which says in what.
 from dataclasses import dataclass
 from typing import Any
 
+from fsdino.errors import UserError
 from pipelines import tables
 from pipelines.cli import main
-from pipelines.recipes import Places, RecipeName
 
 
 @dataclass(frozen=True)
 class Settings:
     """Print mIoU and FB-IoU of every method on every fold; the mean where all are there."""
 
-    recipe: RecipeName
-    places: Places
+    tracking_uri: str = "sqlite:///outputs/mlflow.db"
+    """MLflow: sqlite:///FILE or the http address of a server."""
     dataset: str = "pascal-5i"
-    """Data set of the evaluations."""
+    """Name of the data set."""
     shots: int = 1
-    """Their number of supports."""
+    """Supports per episode."""
     episodes: int = 1000
-    """Their number of episodes."""
+    """Number of test episodes."""
     test_seed: int = 0
-    """Their seed."""
+    """Seed of the test episodes."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Gather, then print the table before the JSON line."""
     methods = tables.gather(
-        settings.places.tracking_uri,
+        settings.tracking_uri,
         dataset=settings.dataset,
         shots=settings.shots,
         episodes=settings.episodes,
         test_seed=settings.test_seed,
     )
+    if not methods:
+        raise UserError(
+            f"{settings.tracking_uri}: expected evaluations of {settings.dataset}, {settings.shots}-shot, "
+            f"{settings.episodes} episodes of seed {settings.test_seed}, found none; run evaluate first"
+        )
     print(tables.markdown(f"{settings.dataset}, {settings.shots}-shot", methods))
     return {
         "dataset": settings.dataset,

@@ -58,11 +58,11 @@ class RunFolder:
             record = json.loads(bytes(open_folder(self.url).read(RUN)))
         except FileNotFoundError:
             return None
-        other = differences(self.identity, record["identity"])
+        other = _differences(self.identity, record["identity"])
         if other:
             raise UserError(
                 f"{self.url}: a run with other settings is there ({'; '.join(other)}); "
-                "choose another --out or --name, or remove it"
+                "choose another --out (or --name), or remove it"
             )
         return record
 
@@ -86,7 +86,7 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:
+def _differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:
     """One `key: expected X, got Y` for each leaf that differs."""
     one, other = flat(expected), flat(got)
     keys = dict.fromkeys([*one, *other])

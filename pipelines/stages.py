@@ -8,12 +8,12 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from feature_store import FeatureStore, Row, ShardWriter, StoreError, StoreFault
+from feature_store import FeatureStore, Fingerprint, Row, ShardWriter, StoreError, StoreFault
 from feature_store.urls import is_url, redacted
 from fsdino.data.views import draw_view
 from fsdino.errors import UserError
@@ -124,15 +124,15 @@ class Decode:
 class ReadStored:
     """Task: stored features in the place of pixels; quarantined samples stay so."""
 
-    def __init__(self, url: str):
-        self.url = url
+    def __init__(self, url: str, fingerprint: Fingerprint):
+        self.url, self.fingerprint = url, fingerprint
 
     def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """See Read. Pixels are features (n, g, g, c); sizes and reasons are the store's manifest's."""
         yield from _guarded(self._read(item["item"].units))
 
     def _read(self, units: Sequence[Unit]) -> Iterator[dict[str, Any]]:
-        store = _opened(self.url)
+        store = _opened(self.url, self.fingerprint)
         number = {(sample.sample_id, sample.view): row for row, sample in enumerate(store.samples)}
         for unit in units:
             rows = [number[row[:2]] for row in unit.rows]
@@ -143,13 +143,13 @@ class ReadStored:
 
     def readable(self, row: Row) -> bool:
         """See Read."""
-        return row[:2] not in _opened(self.url).quarantined
+        return row[:2] not in _opened(self.url, self.fingerprint).quarantined
 
 
 @functools.cache
-def _opened(url: str) -> FeatureStore:
-    """A store, opened once in a process."""
-    return FeatureStore(url)
+def _opened(url: str, fingerprint: Fingerprint) -> FeatureStore:
+    """A store of that fingerprint, opened once in a process."""
+    return FeatureStore(url, asdict(fingerprint))
 
 
 def _loaded(unit: Unit, bad: dict[int, str], pixels: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:

@@ -50,10 +50,20 @@ def open_teacher(places: Places, dataset: str, teacher: str, res_px: int) -> Fea
     return _open(places, at(places.store, dataset, teacher, "teacher", res_px), expect)
 
 
-def open_embedding(places: Places, dataset: str, digest: str, late: FeatureStore) -> FeatureStore:
-    """The embeddings that the adapter of that digest computed from the encoder's views that `late` holds."""
-    of = late.fingerprint
-    baked_from = {"feature": "early", "model": of.model, "weights": of.weights, "res_px": of.res_px}
+def open_embedding(places: Places, dataset: str, digest: str, backbone: Backbone, late: FeatureStore) -> FeatureStore:
+    """The embeddings that the adapter of that digest computed from the encoder's views that `late` holds.
+
+    This and the other `open_` functions raise StoreError if the store is missing, unfinished or something else.
+    """
+    of, layer = late.fingerprint, encoder_spec(backbone.encoder, backbone.early_norm, backbone.late_norm).early
+    baked_from = {
+        "feature": "early",
+        "model": of.model,
+        "weights": of.weights,
+        "layer": layer.name,
+        "norm": layer.norm,
+        "res_px": of.res_px,
+    }
     expect = {
         "feature": "embedding",
         "weights": digest,
@@ -79,9 +89,9 @@ def check_weights(store: FeatureStore, digest: str) -> None:
         )
 
 
-def fingerprint_tags(stores: Iterable[FeatureStore]) -> dict[str, str]:
-    """What the stores hold, as tags of a run."""
-    return {f"store.{s.fingerprint.feature}.{s.fingerprint.res_px}": str(asdict(s.fingerprint)) for s in stores}
+def fingerprint_tags(fingerprints: Iterable[Fingerprint]) -> dict[str, str]:
+    """What stores hold, as tags of a run."""
+    return {f"store.{of.feature}.{of.res_px}": str(asdict(of)) for of in fingerprints}
 
 
 def _open(places: Places, url: str, expect: dict[str, Any]) -> FeatureStore:

@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-OF_A_FOLD = ("fold", "checkpoint", "trained.base_images")
+OF_A_FOLD = ("fold", "images", "checkpoint", "trained.fold", "trained.images", "trained.base_images")
 """What may differ within a row."""
 MOST_NAMED = 3  # differences in a row's name
 
@@ -16,15 +16,17 @@ class Method:
 
     identity: dict[str, str]
     folds: dict[str, dict[str, float]]
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    """Fold to the checkpoint that is shown."""
 
     def mean(self, key: str) -> float:
         """Over folds."""
         return sum(scores[key] for scores in self.folds.values()) / len(self.folds)
 
 
-def markdown(title: str, methods: Mapping[str, Method]) -> str:
+def markdown(title: str, methods: Mapping[str, Method], num_folds: int = 4) -> str:
     """mIoU (FB-IoU) in percent, methods by rising mean; the mean where every fold is there."""
-    folds = [str(fold) for fold in range(max([3, *(int(f) for m in methods.values() for f in m.folds)]) + 1)]
+    folds = [str(fold) for fold in range(num_folds)]
     lines = [f"| {title}, mIoU (FB-IoU) | {' | '.join(f'fold {fold}' for fold in folds)} | mean |"]
     lines.append("|---" * (len(folds) + 2) + "|")
     for name, method in sorted(methods.items(), key=lambda entry: entry[1].mean("miou")):
@@ -41,11 +43,10 @@ def gather(tracking_uri: str, **asked: Any) -> dict[str, Method]:
     from pipelines import tracking
 
     methods: dict[tuple[tuple[str, str], ...], Method] = {}
-    shown: dict[tuple[int, str], str] = {}
     earlier = 0
     for run in tracking.runs(tracking_uri, "evaluate"):  # newest first
         params = run["params"]
-        if "test_list" not in params:
+        if "rules.name" not in params:
             earlier += 1
             continue
         if any(params[key] != str(value) for key, value in asked.items()):
@@ -55,8 +56,8 @@ def gather(tracking_uri: str, **asked: Any) -> dict[str, Method]:
         fold = params["fold"]
         if fold not in method.folds:
             method.folds[fold] = {key: round(run["metrics"][key], 6) for key in ("miou", "fb_iou")}
-            shown[id(method), fold] = params["checkpoint"]
-        elif shown[id(method), fold] != params["checkpoint"]:
+            method.checkpoints[fold] = params["checkpoint"]
+        elif method.checkpoints[fold] != params["checkpoint"]:
             print(f"{params['method']}, fold {fold}: several checkpoints; the newest is shown", file=sys.stderr)
     if earlier:
         print(f"{earlier} evaluations of an earlier release are left out; rerun evaluate", file=sys.stderr)

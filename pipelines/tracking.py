@@ -81,20 +81,21 @@ def running(
 def close(tracking_uri: str, run_id: str) -> None:
     """Mark a run finished that a kill left open; a run that this server does not know is left alone."""
     client = MlflowClient(absolute_uri(tracking_uri))
-    try:
-        if client.get_run(run_id).info.status != "FINISHED":
-            client.set_terminated(run_id, "FINISHED")
-    except MlflowException:
-        return
+    if _knows(client, run_id) and client.get_run(run_id).info.status != "FINISHED":
+        client.set_terminated(run_id, "FINISHED")
 
 
 def runs(tracking_uri: str, experiment: str) -> list[dict[str, dict]]:
     """Finished runs of an experiment, newest first: `params`, `metrics` (last values) and `tags` of each."""
     client = MlflowClient(absolute_uri(tracking_uri))
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
+    known = client.get_experiment_by_name(experiment)
+    if known is None:
         return []
-    listed = client.search_runs([found.experiment_id], filter_string="status = 'FINISHED'", max_results=1000)
+    listed: list[Any] = []
+    token: str | None = ""
+    while token is not None:
+        page = client.search_runs([known.experiment_id], "status = 'FINISHED'", max_results=1000, page_token=token)
+        listed, token = [*listed, *page], page.token or None
     return [{"params": r.data.params, "metrics": r.data.metrics, "tags": r.data.tags} for r in listed]
 
 

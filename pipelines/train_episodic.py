@@ -30,7 +30,7 @@ from pipelines.recipes import (
     Teaching,
     Workers,
     departures,
-    model_title,
+    model_run,
 )
 from pipelines.runs import RunFolder, identity
 
@@ -81,7 +81,9 @@ def job(settings: Settings) -> dict[str, Any]:
         settings.adapter_checkpoint,
         settings.workers.seed,
     )
-    query = early or stores.open_embedding(places, dataset.name, adapter.digest, late)
+    query = early
+    if query is None:
+        query = stores.open_embedding(places, dataset.name, adapter.digest, backbone, late)
     sampler = EpisodeSampler(
         stores.without_quarantined(listed, (late, query)),
         shots=episodic.train_shots,
@@ -108,24 +110,43 @@ def job(settings: Settings) -> dict[str, Any]:
         "seed": settings.workers.seed,
         "train_precision": settings.device.train_precision,
     }
-    decoder = model.sam_decoder and weights_digest(model.sam_decoder, settings.decoder_weights)
+    same = identity(
+        model=model,
+        steps=steps,
+        rules=protocol,
+        images=sampler.digest,
+        query=query.fingerprint,
+        decoder=model.sam_decoder and weights_digest(model.sam_decoder, settings.decoder_weights),
+        **origin,
+    )
     run = RunFolder(
         folder=checkpoints.run_folder(places, dataset.name, backbone),
         name=settings.name or title(settings),
         experiment="train",
         checkpoint="segmenter",
-        identity=identity(model=model, steps=steps, query=asdict(query.fingerprint), decoder=decoder, **origin),
-        tags={"dataset": dataset.name, **stores.fingerprint_tags((late, query))},
+        identity=same,
+        tags={"dataset": dataset.name, **stores.fingerprint_tags((late.fingerprint, query.fingerprint))},
     )
     record = run.finished(places.tracking_uri)
     if record is None:
         print(f"{run.name}: {len(sampler.images)} base images, {steps} steps of {episodic.batch}", file=sys.stderr)
         from pipelines import episodic_loop, training
 
+        adapter_state, decoder_state = episodic_loop.initial_weights(adapter, model, settings.decoder_weights)
         planned = episodic_loop.EpisodicJob(
-            dataset, late, query, sampler, model, shape, episodic, steps, episodic.label_px or backbone.res, origin,
-            *episodic_loop.initial_weights(adapter, model, settings.decoder_weights),
-        )  # fmt: skip
+            dataset=dataset,
+            late=late,
+            query=query,
+            sampler=sampler,
+            model=model,
+            shape=shape,
+            episodic=episodic,
+            steps=steps,
+            label_px=episodic.label_px or backbone.res,
+            origin={**origin, "run": same},
+            adapter=adapter_state,
+            decoder=decoder_state,
+        )
         training.train(run, episodic_loop.loop, planned, places, settings.workers, settings.device)
         record = checkpoints.read_record(run.final, "segmenter")
     return {
@@ -140,12 +161,15 @@ def job(settings: Settings) -> dict[str, Any]:
 def title(settings: Settings) -> str:
     """The run's name: fold, model, and what else flags changed in the recipe."""
     recipe = RECIPES[settings.recipe]()
-    words = departures(settings.episodic, recipe.episodic)
+    words = departures(settings.teaching, recipe.teaching) + departures(settings.benchmark, recipe.benchmark)
+    words += departures(settings.episodic, recipe.episodic)
     of_folder = ("encoder-", "res-")  # they are in the run folder's name
     words += [w for w in departures(settings.backbone, recipe.backbone) if not w.startswith(of_folder)]
     if settings.workers.seed != recipe.workers.seed:
         words.append(f"seed-{settings.workers.seed}")
-    return "-".join([f"fold{settings.fold}", model_title(settings.model, settings.recipe), *words])
+    if settings.device.train_precision != recipe.device.train_precision:
+        words.append(settings.device.train_precision)
+    return "-".join([model_run(settings.fold, settings.model, settings.recipe), *words])
 
 
 def check_batch(batch: int, workers: int) -> None:

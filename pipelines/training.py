@@ -17,6 +17,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
+from feature_store import StoreFault
 from feature_store.urls import absolute, filesystem, local_path
 from fsdino import paper
 from pipelines import cluster, tracking
@@ -63,9 +64,16 @@ def train(
     """Run `loop(job, worker)` on Ray Train in the run's folder, or resume the run that was interrupted there.
 
     The loop publishes the run's `final` checkpoint last: then all is done. Raises the loop's own UserError or
-    StoreError; a worker that dies otherwise is replaced, three times at most.
+    StoreError, and ClusterFault; a worker that dies, or whose place fails, is replaced three times at most.
     """
     begun = run_folder.begun()
+    cluster.connect()
+    resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if device.gpu else {})
+    cluster.check_resources(
+        {kind: each * workers.workers for kind, each in resources.items()},
+        f"{workers.workers} workers of {' and '.join(f'{each:g} {kind}' for kind, each in resources.items())}",
+        "lower --workers or --worker-cpus" + (", or use --no-gpu" if device.gpu else ""),
+    )
     opened = tracking.running(
         places.tracking_uri,
         run_folder.experiment,
@@ -76,28 +84,21 @@ def train(
     )
     with opened as run:
         run_folder.write(run.run_id)
-        cluster.connect()
-        resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if device.gpu else {})
-        cluster.check_resources(
-            {kind: each * workers.workers for kind, each in resources.items()},
-            f"{workers.workers} workers of {' and '.join(f'{each:g} {kind}' for kind, each in resources.items())}",
-            "lower --workers or --worker-cpus" + (", or use --no-gpu" if device.gpu else ""),
-        )
         progress = Progress.remote()  # type: ignore[attr-defined]
-        config = {
-            "loop": loop,
-            "job": job,
-            "folder": run_folder.url,
-            "tracking_uri": run.tracking_uri,
-            "run_id": run.run_id,
-            "workers": workers,
-            "precision": device.train_precision,
-            "progress": progress,
-        }
+        task = Task(
+            loop=loop,
+            job=job,
+            folder=run_folder.url,
+            tracking_uri=run.tracking_uri,
+            run_id=run.run_id,
+            workers=workers,
+            precision=device.train_precision,
+            progress=progress,
+        )
         storage_path, storage_filesystem = _storage(absolute(run_folder.folder))
         trainer = TorchTrainer(
             _work,
-            train_loop_config=config,
+            train_loop_config={"task": task},
             scaling_config=ScalingConfig(
                 num_workers=workers.workers, use_gpu=device.gpu, resources_per_worker=resources
             ),
@@ -111,10 +112,32 @@ def train(
         )
         with _shown(progress):
             try:
-                trainer.fit()
-            finally:
+                with cluster.faults():
+                    trainer.fit()
+            except Exception:
                 ray.get(progress.outcome.remote()).get()
+                raise
+            _lasting(ray.get(progress.outcome.remote())).get()
     run_folder.write(run.run_id, closed=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every worker gets."""
+
+    loop: Callable[[Any, Worker], None]
+    job: Any
+    folder: str
+    tracking_uri: str
+    run_id: str
+    workers: Workers
+    precision: str
+    progress: Any
+
+
+def _lasting(outcome: Outcome[None]) -> Outcome[None]:
+    """The outcome, unless its error is a place's that failed: a worker that was started anew may have passed it."""
+    return Outcome() if isinstance(outcome.error, StoreFault) else outcome
 
 
 def _storage(folder: str) -> tuple[str, Any]:
@@ -128,29 +151,33 @@ def _storage(folder: str) -> tuple[str, Any]:
     return root, PyFileSystem(FSSpecHandler(fs))
 
 
-def _work(config: dict[str, Any]) -> None:
-    """In a worker: seed, threads and device, then the loop."""
-    context, workers = ray.train.get_context(), config["workers"]
-    torch.manual_seed(workers.seed)
+def _work(config: dict[str, Task]) -> None:
+    """In a worker: seed, threads and device, then the loop. An expected error is told to the driver.
+
+    A place that failed is tried again with new workers; any other expected error would only repeat.
+    """
+    task, context = config["task"], ray.train.get_context()
+    if _lasting(ray.get(task.progress.outcome.remote())).error is not None:
+        return
+    torch.manual_seed(task.workers.seed)
     # Ray sets OMP_NUM_THREADS from whole CPUs before torch is loaded; this also covers fractions.
-    torch.set_num_threads(max(1, int(workers.worker_cpus)))
+    torch.set_num_threads(max(1, int(task.workers.worker_cpus)))
     rank = context.get_world_rank()
     worker = Worker(
         device=ray.train.torch.get_device(),
         rank=rank,
         world=context.get_world_size(),
-        folder=config["folder"],
-        precision=config["precision"],
-        checkpoint_every=workers.checkpoint_every,
-        progress=config["progress"],
-        run=tracking.Run(config["tracking_uri"], config["run_id"]) if rank == 0 else None,
+        folder=task.folder,
+        precision=task.precision,
+        checkpoint_every=task.workers.checkpoint_every,
+        progress=task.progress,
+        run=tracking.Run(task.tracking_uri, task.run_id) if rank == 0 else None,
     )
     try:
-        config["loop"](config["job"], worker)
+        task.loop(task.job, worker)
     except EXPECTED as error:
-        ray.get(worker.progress.end.remote(Outcome(error=error)))
-        if worker.world > 1:  # the others wait for this one
-            raise
+        ray.get(task.progress.end.remote(Outcome(error=error)))
+        raise
 
 
 @ray.remote(num_cpus=0)

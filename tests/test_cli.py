@@ -40,7 +40,7 @@ def prediction(photo, mask, query=None):
 
 
 def test_a_wrong_recipe_name(capsys):
-    line = mistake(capsys, predict, "--recipe", "papre")
+    line = mistake(capsys, evaluate, "--recipe", "papre")
     assert line == "error: --recipe papre: no such recipe; known are paper, offline, tiny"
 
 
@@ -99,7 +99,7 @@ def test_a_store_of_other_weights(capsys, shapes_root, tmp_path):
     create(str(tmp_path / "shapes" / "tiny_vit" / "late@70"), fingerprint, [Row("a", 0, "a.jpg")])
     arguments = ["--recipe", "tiny", "--data", shapes_root, "--store", tmp_path, "--features", "late"]
     line = mistake(capsys, extract_features, *arguments)
-    assert "another store is in the way (weights: expected" in line
+    assert "holds a store with another fingerprint (weights: expected" in line
 
 
 def test_a_resolution_that_the_encoder_cannot_take(capsys, shapes_root, tmp_path):

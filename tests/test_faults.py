@@ -115,7 +115,7 @@ def test_a_full_disk_stops_with_one_line_and_goes_on_after_space_is_made(tmp_pat
     with small_disk(tmp_path / "disk", 1) as disk:
         (disk / "ballast").write_bytes(bytes(500_000))
         url = str(disk / "late@56")
-        with pytest.raises(StoreFault, match="no space left there; make some and rerun to resume") as caught:
+        with pytest.raises(StoreFault, match="no space left there; free some and rerun to resume") as caught:
             write(url)
         assert "\n" not in str(caught.value) and not list(disk.rglob("*.partial"))
         done = 21 - len(ShardWriter(url).missing())

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from feature_store import FeatureStore, tools
+from feature_store import FeatureStore, StoreError, tools
 from fsdino.encoder import build_encoder, to_input
 from fsdino.errors import UserError
 from fsdino.preprocess import read_image, resize_square
@@ -220,14 +220,16 @@ def test_a_run_with_other_settings_is_not_overwritten(whole_run, places):
 
 
 def test_a_checkpoint_is_tested_on_the_classes_it_has_not_seen(whole_run, places):
-    with pytest.raises(UserError, match="trained for fold 1, so it knows the classes of fold 2; test its own"):
+    with pytest.raises(
+        UserError, match="trained for fold 1, so it has seen the classes of fold 2; evaluate it on fold 1"
+    ):
         run("evaluate", *flags(places), "--fold", 2, "--checkpoint", whole_run["4d"]["checkpoint"])
 
 
 def test_features_of_other_settings_than_the_stores_are_refused(whole_run, places):
-    with pytest.raises(Exception, match=r"fingerprint mismatch \(norm: expected none, got final\)"):
+    with pytest.raises(StoreError, match=r"fingerprint mismatch \(norm: expected none, got final\)"):
         run("evaluate", *flags(places), "--fold", FOLD, "--no-late-norm")
-    with pytest.raises(Exception, match=r"fingerprint mismatch \(view_seed: expected 3, got 0\)"):
+    with pytest.raises(StoreError, match=r"fingerprint mismatch \(view_seed: expected 3, got 0\)"):
         run("train_episodic", *flags(places), "--fold", FOLD, "--view-seed", 3)
 
 
@@ -291,13 +293,14 @@ def test_an_error_in_a_worker_reaches_the_user_as_it_was_raised(whole_run, place
     shard = copy / "shapes" / "tiny_vit" / "late@70" / "c" / "0" / "0" / "0" / "0"
     shard.write_bytes(bytes(shard.stat().st_size))
     damaged = {**places, "--store": copy}
-    with pytest.raises(Exception, match=r"late@70: shard 0 has a damaged index") as caught:
-        run("train_episodic", *flags(damaged), "--fold", FOLD, "--name", "damaged")
-    assert type(caught.value).__name__ == "StoreError"
+    for workers in (1, 2):
+        two = ["--workers", workers, "--worker-cpus", 0.5, "--name", f"damaged-{workers}"]
+        with pytest.raises(StoreError, match=r"late@70: shard 0 has a damaged index"):
+            run("train_episodic", *flags(damaged), "--fold", FOLD, *two)
 
 
 def test_a_report_holds_every_method(whole_run, places, capsys):
-    result = run("report", *flags(places, "--recipe", "--tracking-uri"), "--dataset", "shapes", "--episodes", 20)
+    result = run("report", *flags(places, "--tracking-uri"), "--dataset", "shapes", "--episodes", 20)
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert set(rows[1:]) >= {"prototype", "nearest", "compact", "4d"}
     assert result["methods"]["4d"][str(FOLD)]["miou"] == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)

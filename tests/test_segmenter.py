@@ -180,6 +180,7 @@ def test_the_contrast_prototype_is_positive_exactly_nearer_to_the_object():
 def test_a_segmenter_is_saved_and_loaded_as_the_ecosystem_does(tmp_path, monkeypatch):
     Segmenter(SMALL, SHAPE).save(tmp_path / "trained", fold=2, backbone={"res": 70})
     model = Segmenter.from_pretrained(tmp_path / "trained")
+    torch.nn.init.ones_(model.decoder.iou_token.weight)  # fine-tuned since: the hash in the record is not the old one's
     model.save_pretrained(tmp_path)
     again, record = Segmenter.load(tmp_path)
     assert record["fold"] == 2 and record["backbone"] == {"res": 70}  # what predict and evaluate need

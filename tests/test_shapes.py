@@ -3,8 +3,10 @@ import pytest
 from PIL import Image
 
 from fsdino.data.episodes import EpisodeSampler
+from fsdino.data.masks import binary_label
+from fsdino.data.protocols import HDMNET
 from fsdino.data.shapes import CLASSES, draw_image, write_shapes
-from fsdino.data.voc import VocDataset, binary_label
+from fsdino.data.voc import VocDataset
 from fsdino.errors import UserError
 from fsdino.metrics import FewShotScore
 
@@ -20,7 +22,7 @@ def test_twelve_classes_make_four_folds_that_each_have_test_and_training_images(
     assert len(CLASSES) == len(set(CLASSES)) == 12
     assert sorted(c for fold in range(4) for c in dataset.novel(fold)) == list(range(1, 13))
     for fold in range(4):
-        assert len(dataset.test_images(fold)) >= 10 and len(dataset.training_images(fold)) >= 10
+        assert len(HDMNET.test_images(dataset, fold)) >= 10 and len(HDMNET.training_images(dataset, fold)) >= 10
 
 
 def test_images_hold_several_classes_at_very_different_sizes_with_void_borders():
@@ -40,7 +42,7 @@ def test_colour_alone_scores_like_chance(shapes_root):
     dataset = VocDataset(shapes_root)
     by_colour, by_everything = FewShotScore(list(range(1, 13))), FewShotScore(list(range(1, 13)))
     for fold in range(4):
-        sampler = EpisodeSampler(dataset.test_images(fold), shots=1, fold=fold, seed=0, training=False)
+        sampler = EpisodeSampler(HDMNET.test_images(dataset, fold), shots=1, fold=fold, seed=0, training=False)
         for index in range(40):
             episode = sampler.episode(index)
             support = np.asarray(dataset.image(episode.supports[0]), np.float32)
@@ -53,6 +55,17 @@ def test_colour_alone_scores_like_chance(shapes_root):
             by_everything.add(np.ones_like(nearer), label, episode.class_id)
     chance = by_everything.result()["miou"]
     assert by_colour.result()["miou"] < 1.3 * chance < 0.25
+
+
+def test_what_is_complete_is_not_drawn_again_and_other_images_are_left_alone(tmp_path):
+    write_shapes(tmp_path, 3, seed=1, side_px=64)
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*")}
+    write_shapes(tmp_path, 3, seed=1, side_px=64)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*")} == times
+    with pytest.raises(UserError, match=r"expected images of seed 2, side 64, got others .*choose another folder"):
+        write_shapes(tmp_path, 3, seed=2, side_px=64)
+    write_shapes(tmp_path, 5, seed=1, side_px=64)
+    assert len(list((tmp_path / "JPEGImages").iterdir())) == 5
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
@@ -71,5 +84,5 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 def test_labels_fit_their_images(shapes_root):
     dataset = VocDataset(shapes_root)
     for image_id in dataset.ids("val")[:5]:
-        with Image.open(dataset.image_path(image_id)) as image:
+        with Image.open(dataset.source(image_id)) as image:
             assert image.size == dataset.label(image_id).shape[::-1] == (224, 224)

@@ -98,13 +98,13 @@ def test_a_store_of_another_fingerprint_is_refused_with_both_sides(url):
     with pytest.raises(StoreError, match="weights: expected w2, got w1"):
         FeatureStore(url, expect={"weights": "w2"})
     other = Fingerprint(**{**FINGERPRINT.record()["fingerprint"], "weights": "w2"})
-    with pytest.raises(StoreError, match=r"in the way \(weights: expected w2, got w1\)"):
+    with pytest.raises(StoreError, match=r"another fingerprint \(weights: expected w2, got w1\)"):
         create(url, other, ROWS)
 
 
 def test_rows_of_other_images_are_refused(url):
     create(url, FINGERPRINT, ROWS)
-    with pytest.raises(StoreError, match=r"other images is in the way \(expected 49 rows, got 50"):
+    with pytest.raises(StoreError, match=r"holds a store of other images \(expected 49 rows, got 50"):
         create(url, FINGERPRINT, ROWS[1:])
 
 

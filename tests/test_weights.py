@@ -179,7 +179,7 @@ def test_every_process_that_waits_in_vain_is_told_so(server, cache):
 def test_a_cache_that_cannot_be_written_is_a_users_mistake(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FSDINO_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot be written .* let FSDINO_CACHE name a folder"):
+    with pytest.raises(UserError, match=r"cannot be written .* set FSDINO_CACHE to a writable folder"):
         fetch("name", Published(f"{server}/whole/file.pth", MD5))
     monkeypatch.setenv("FSDINO_CACHE", "")
     assert weights.cache_folder() == Path.home() / ".cache" / "fsdino"
@@ -232,7 +232,7 @@ def test_weights_come_from_the_hub_unless_offline(tmp_path, monkeypatch):
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", partial(real, endpoint=place, cache_dir=tmp_path))
         other = torch.nn.Linear(3, 2)
         monkeypatch.setenv("FSDINO_OFFLINE", "1")
-        with pytest.raises(UserError, match="hf:someone/net: cannot be had from the hub"):
+        with pytest.raises(UserError, match="hf:someone/net: cannot be downloaded from the hub"):
             load_state(other, "net", "hf:someone/net")
         assert asked == []
         monkeypatch.setenv("FSDINO_OFFLINE", "0")
@@ -281,7 +281,7 @@ def test_sams_full_size_checkpoint_is_fetched_and_loaded_into_teacher_and_decode
 
 def test_a_hub_id_that_cannot_be_had_says_so(cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="hf:timm/no-such-model: cannot be had from the hub"):
+    with pytest.raises(UserError, match="hf:timm/no-such-model: cannot be downloaded from the hub"):
         build_encoder("dinov2_vits14", "hf:timm/no-such-model")
     with pytest.raises(UserError, match="expected hf:ORGANISATION/NAME"):
         build_encoder("dinov2_vits14", "hf:alone")

@@ -59,6 +59,6 @@ class FsspecFolder(Folder):
             try:
                 return request()
             except PermissionError as error:
-                raise StoreError(f"{self.url}/{key}: {error}; check who may read and write there") from None
+                raise StoreError(f"{self.url}/{key}: {error}; check its permissions") from None
 
         return patiently(f"{self.url}/{key}", translated)

@@ -134,9 +134,9 @@ def place(url: str, key: str) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFault(f"{url}/{key}: no space left there; make some and rerun to resume") from None
+            raise StoreFault(f"{url}/{key}: no space left there; free some and rerun to resume") from None
         if isinstance(error, PermissionError) or error.errno in (errno.EROFS, errno.ENOTDIR):
-            raise StoreError(f"{url}/{key}: {error.strerror}; check who may read and write there") from None
+            raise StoreError(f"{url}/{key}: {error.strerror}; check its permissions") from None
         raise StoreFault(f"{url}/{key}: {error}; fix this and rerun to resume") from None
 
 

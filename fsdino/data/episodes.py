@@ -5,6 +5,8 @@ repeats exactly.
 """
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -36,8 +38,10 @@ class EpisodeSampler:
 
     Test queries come in the images' order. Training queries come in epochs: each a permutation of the images, every
     image once; or, with `balance` above 0, the class is drawn first, by its number of images to the power
-    1 - `balance` (at 1 all classes are equally likely), then one of its images. Training also draws each image's view, and whether
+    1 - `balance` (1: all equally likely), then one of its images. Training also draws each image's view, and whether
     its features are mirrored (`flip`, one half). Supports are distinct and never the query.
+
+    Raises UserError if a class has too few images for an episode.
     """
 
     def __init__(
@@ -57,14 +61,17 @@ class EpisodeSampler:
         for image_id, classes in images.items():
             for class_id in classes.listed:
                 self.by_class.setdefault(class_id, []).append(image_id)
-        short = [c for c, members in self.by_class.items() if len(members) <= shots]
-        if short or not self.images:
-            counts = {c: len(self.by_class[c]) for c in sorted(short)} or "no image at all"
+        asked = {c for of_image in images.values() for c in (*of_image.listed, *of_image.drawn)}
+        few: dict[int, int] = {c: len(self.by_class.get(c, [])) for c in sorted(asked)}
+        few = {c: count for c, count in few.items() if count <= shots}
+        if few or not self.images:
             raise UserError(
                 f"fold {fold}: expected at least {shots + 1} images of every class for {shots}-shot episodes, "
-                f"got {counts}; use fewer shots or more images"
+                f"got {few or 'no image at all'}; use fewer shots or more images"
             )
-        self.classes = {image_id: classes.drawn for image_id, classes in images.items()}
+        self.classes = {image_id: of_image.drawn for image_id, of_image in images.items()}
+        self.digest = hashlib.sha256(json.dumps(list(images.items())).encode()).hexdigest()[:8]
+        """Of the images and their classes: what the episodes are drawn from."""
         self.shots, self.fold, self.seed, self.training = shots, fold, seed, training
         self.num_views, self.flip = num_views, flip
         sizes = np.array([len(self.by_class[c]) for c in sorted(self.by_class)], float)

@@ -4,6 +4,7 @@ A class is an outline with a texture. Colours of objects and backgrounds come fr
 nothing; an image holds several objects of different classes, which occlude each other at very different sizes.
 """
 
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,7 @@ RADIUS_SHARE = (0.1, 0.32)  # of the image's side, log-uniform: areas differ by 
 OBJECTS = (2, 4)
 BORDER_PX = 2  # void, as around VOC's objects
 TEST_SHARE = 0.25
+COMPLETE = "generated.json"
 
 
 def _polygon(u: Plane, v: Plane, corners: int) -> Bool[np.ndarray, "h w"]:
@@ -76,8 +78,8 @@ CLASSES = [f"{outline}-{texture}" for outline, texture in zip(OUTLINES, TEXTURES
 def write_shapes(root: str | Path, num_images: int, seed: int, side_px: int = 400) -> None:
     """Write a data set of 12 classes, three to a fold; a quarter of the images are for testing.
 
-    Image i depends on (seed, i) alone, so a larger set begins with the smaller one's images. Takes 30 ms an image.
-    Raises UserError if the folder already holds something else.
+    Image i depends on (seed, i) alone, so a larger set begins with the smaller one's images. Takes 30 ms an image; a
+    complete set is left as it is. Raises UserError if the folder already holds something else.
     """
     root = Path(root)
     lists = root / "ImageSets" / "Segmentation"
@@ -85,6 +87,14 @@ def write_shapes(root: str | Path, num_images: int, seed: int, side_px: int = 40
     ours = listed.exists() and listed.read_text().splitlines() == CLASSES
     if root.exists() and any(root.iterdir()) and not ours:
         raise UserError(f"{root}: expected an empty folder for generated data, found other files; choose another")
+    drawn_from, complete = {"seed": seed, "side_px": side_px}, root / COMPLETE
+    written = json.loads(complete.read_text()) if complete.exists() else None
+    if written is not None and {**written, "images": 0} != {**drawn_from, "images": 0}:
+        raise UserError(
+            f"{root}: expected images of seed {seed}, side {side_px}, got others ({written}); choose another folder"
+        )
+    if written == {**drawn_from, "images": num_images}:
+        return
     root.mkdir(parents=True, exist_ok=True)
     listed.write_text("\n".join(CLASSES) + "\n")  # first: it marks the folder as ours, should the rest be interrupted
     for folder in (root / "JPEGImages", root / "SegmentationClassAug", lists):
@@ -95,6 +105,7 @@ def write_shapes(root: str | Path, num_images: int, seed: int, side_px: int = 40
     every = round(1 / TEST_SHARE)
     (lists / "val.txt").write_text("".join(f"{n}\n" for n in names[::every]))
     (lists / "train_aug.txt").write_text("".join(f"{n}\n" for i, n in enumerate(names) if i % every))
+    complete.write_text(json.dumps({**drawn_from, "images": num_images}) + "\n")
 
 
 def draw_image(seed: int, index: int, side_px: int) -> tuple[UInt8[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"]]:
