@@ -176,8 +176,10 @@ def _work(config: dict[str, Task]) -> None:
     try:
         task.loop(task.job, worker)
     except EXPECTED as error:
-        ray.get(task.progress.end.remote(Outcome(error=error)))
-        raise
+        outcome = Outcome[None](error=error)
+        ray.get(task.progress.end.remote(outcome))
+        if worker.world > 1 or _lasting(outcome).error is None:  # others wait for this one, or a new one may pass
+            raise
 
 
 @ray.remote(num_cpus=0)

@@ -118,7 +118,7 @@ def whole_run(places) -> dict[str, dict[str, Any]]:
         "distill": run("distill", *everywhere, *two),
         "bake": run("bake_embeddings", *everywhere),
         "4d": run("train_episodic", *everywhere, *fold),
-        "compact": run("train_episodic", *everywhere, *fold, "--variant", "compact", *two),
+        "compact": run("train_episodic", *everywhere, *fold, "--variant", "compact"),
     }
     for method in ("prototype", "nearest"):
         results[f"score {method}"] = run("evaluate", *everywhere, *fold, "--method", method)

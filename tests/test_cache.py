@@ -196,5 +196,5 @@ def test_nothing_but_the_caches_own_is_touched(served, tmp_path):
 
 
 def test_a_place_that_cannot_hold_a_cache_is_said_at_once(served):
-    with pytest.raises(StoreError, match="/proc/cache: no place for a cache"):
+    with pytest.raises(StoreError, match="/proc/cache: cannot hold a cache"):
         FeatureStore(served[2], cache=CacheSettings("/proc/cache", 10**9))

@@ -285,7 +285,8 @@ def test_a_cluster_too_small_is_said_at_once(whole_run, places):
         run("train_episodic", *flags(places), "--fold", FOLD, "--name", "big", "--workers", 4, "--worker-cpus", 64)
 
 
-def test_an_error_in_a_worker_reaches_the_user_as_it_was_raised(whole_run, places, tmp_path):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_error_in_a_worker_reaches_the_user_as_it_was_raised(whole_run, places, tmp_path, workers):
     """A store that is damaged after the driver opened it: its own error, not Ray's."""
     copy = tmp_path / "stores"
     for url in tools.find(str(places["--store"])):
@@ -293,10 +294,9 @@ def test_an_error_in_a_worker_reaches_the_user_as_it_was_raised(whole_run, place
     shard = copy / "shapes" / "tiny_vit" / "late@70" / "c" / "0" / "0" / "0" / "0"
     shard.write_bytes(bytes(shard.stat().st_size))
     damaged = {**places, "--store": copy}
-    for workers in (1, 2):
-        two = ["--workers", workers, "--worker-cpus", 0.5, "--name", f"damaged-{workers}"]
-        with pytest.raises(StoreError, match=r"late@70: shard 0 has a damaged index"):
-            run("train_episodic", *flags(damaged), "--fold", FOLD, *two)
+    these = ["--workers", workers, "--worker-cpus", 0.5, "--name", f"damaged-{workers}"]
+    with pytest.raises(StoreError, match=r"late@70: shard 0 has a damaged index"):
+        run("train_episodic", *flags(damaged), "--fold", FOLD, *these)
 
 
 def test_a_report_holds_every_method(whole_run, places, capsys):
