@@ -52,6 +52,7 @@ def few_images(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # SAM-H takes about a minute an image on one core
 def test_the_papers_recipe_runs_from_photographs_to_scores_at_full_size(published, few_images, tmp_path, monkeypatch):
     monkeypatch.setenv("FSDINO_CACHE", str(published))
     monkeypatch.setenv("FSDINO_OFFLINE", "1")
