@@ -15,40 +15,16 @@ from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
-from fsdino.config import SegmenterConfig
-from pipelines.recipes import (
-    Backbone,
-    Benchmark,
-    Device,
-    Distillation,
-    Episodic,
-    Extraction,
-    Places,
-    RecipeName,
-    Teaching,
-    Testing,
-    Workers,
-)
+from pipelines.recipes import Recipe, RecipeName
 
 Method = Literal["prototype", "two-prototype", "nearest"]
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Recipe):
     """Run all the steps that a table of results needs, in order, and print the table."""
 
     recipe: RecipeName
-    places: Places
-    backbone: Backbone
-    teaching: Teaching
-    extraction: Extraction
-    workers: Workers
-    device: Device
-    distillation: Distillation
-    model: SegmenterConfig
-    benchmark: Benchmark
-    episodic: Episodic
-    testing: Testing
     folds: tuple[int, ...] = (0, 1, 2, 3)
     """Folds to train and test."""
     shots: tuple[int, ...] = (1,)
