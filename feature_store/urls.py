@@ -1,6 +1,7 @@
 """Places: paths of this machine and fsspec URLs, made absolute, and redacted before they are written down."""
 
 import os
+import re
 from typing import Any
 
 from feature_store.errors import StoreError
@@ -31,6 +32,12 @@ def redacted(place: str) -> str:
     if not is_url(place):
         return place
     return "::".join(_plain(part) for part in place.split("::"))
+
+
+def redacted_text(text: str) -> str:
+    """A text without the credentials and queries of URLs in it."""
+    text = re.sub(r"([A-Za-z][\w+.-]*://)[^/\s'\"]*@", r"\1", text)
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\",;)]*", r"\1", text)
 
 
 def local_path(url: str) -> str | None:

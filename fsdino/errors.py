@@ -1,8 +1,46 @@
-"""The one exception that means: the caller can fix this."""
+"""Whose fault it is: the caller's (UserError, exit code 2) or a machine's, a network's, a library's (Fault, 1)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: its one line says what, where, expected, got, and the cure.
+    """A mistake in what the user gave: its one line says what, where, expected, got, and the cure."""
 
-    Commands print it and exit with code 2; everything else is a fault and exits with 1.
-    """
+
+class Fault(Exception):
+    """Something failed that the caller did not get wrong, and may work on another try; one line as well."""
+
+
+class DataWarning(UserWarning):
+    """An input that can be read in one way only, but is not what one would expect. Commands print it as a note."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line; its type where it says nothing, or only a name."""
+    text = (str(error).strip().splitlines() or [""])[0][:300]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()
+
+
+@contextmanager
+def reachable(place: object) -> Iterator[None]:
+    """Errors of reading a path or URL in one line: UserError where the caller may not read it, Fault where the place
+    fails. A missing file stays FileNotFoundError."""
+    try:
+        yield
+    except (UserError, Fault, FileNotFoundError):
+        raise
+    except (PermissionError, NotADirectoryError) as error:
+        raise UserError(
+            f"{place}: expected a place to read, got: {first_line(error)}; check path, permissions and credentials"
+        ) from None
+    except (ValueError, ImportError) as error:  # fsspec's word for a scheme that it does not know
+        raise UserError(f"{place}: expected a path or an fsspec URL, got: {first_line(error)}") from None
+    except Exception as error:  # drivers have errors of their own for servers that fail
+        if type(error).__name__ in NO_CREDENTIALS:
+            raise UserError(f"{place}: expected credentials for it, found none; set them in the environment") from None
+        raise Fault(f"{place}: cannot be read: {first_line(error)}; check the place and rerun") from None
+
+
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+"""botocore's errors that mean it, by name, as it is no dependency of this package."""

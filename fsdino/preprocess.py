@@ -2,6 +2,7 @@
 
 import errno
 import io
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -13,36 +14,63 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from upath import UPath
 
-from fsdino.errors import UserError
+from fsdino.errors import DataWarning, UserError
 
 Source = str | Path | UPath
 """A path of this machine, or any fsspec URL."""
-PREPROCESSING = "v1"
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .heic .heif .avif .jp2 .ppm .pgm".split())
+"""What counts as a photograph in a folder; a glob takes whatever it matches. Unsupported ones are found on reading."""
+ORIENTATION = 0x0112  # EXIF's tag
+DEEP = "16-bit colour"
+"""In an image's info: whether its file has 16 bits for each colour channel."""
+PREPROCESSING = "v2"
 """Version of what turns a file into a network's input: turned as EXIF says, drawn as data/views.py says, resized to a
 square (bilinear, antialiased), scaled by the network's mean and deviation. Change it with whatever changes a pixel."""
 
 
 def read_image(path: Source) -> Image.Image:
     """The photograph at a path or fsspec URL as RGB, turned as its EXIF says (as cv2.imread, which most of the
-    benchmarks' readers use, does). Of an animation the first frame; 16-bit grey loses its lower byte; alpha is dropped.
+    benchmarks' readers use, does). Of an animation the first frame; alpha is dropped. Grey of more than 8 bits is
+    scaled from the bits that its values use (8, 10, 12, 14 or 16), with a DataWarning where those are not all.
 
     Raises UserError if the file is missing or is no readable image; OSError if the place it lies on fails.
     """
-    return decoded(path, to_rgb)
+    return decoded(path, lambda image: to_rgb(image, str(path)))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """A decoded photograph as `read_image` gives it. Raises ValueError for what has no 8-bit form."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("more than 16 bits for a channel")
-        wide = image.mode != "I" or values.max() > 255
-        image = Image.fromarray((values >> 8 if wide else values).astype(np.uint8))
+        image = Image.fromarray(_eight_bits(np.asarray(image), name))
     if image.mode == "F":
         raise ValueError("channels of floats")
+    if image.info.get(DEEP):  # Pillow keeps the upper byte of each channel
+        brightest = int(np.asarray(image.convert("RGB")).max())
+        if brightest < 64:
+            raise ValueError(
+                f"16-bit colours of which at most {8 + brightest.bit_length()} bits are used; scale them to 16"
+            )
     return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, name: str) -> UInt8[np.ndarray, "h w"]:
+    """Grey values of which the lowest 8, 10, 12, 14 or 16 bits are used, as 8 bits."""
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("more than 16 bits for a channel")
+    used = next(bits for bits in (8, 10, 12, 14, 16) if values.max() < 1 << bits)
+    if used < 16:
+        warnings.warn(f"{name}: 16-bit grey, scaled from the {used} bits that are used", DataWarning, stacklevel=2)
+    return (values >> (used - 8)).astype(np.uint8)
+
+
+def orientation(path: Source) -> int:
+    """EXIF's orientation of a photograph: 1 as stored, 5 to 8 turned by a quarter; 1 where nothing is said."""
+    try:
+        with Image.open(io.BytesIO(_bytes(path))) as image:
+            return int(image.getexif().get(ORIENTATION, 1))
+    except (UserError, OSError, SyntaxError, ValueError):
+        return 1
 
 
 def resize_square(image: Image.Image, res_px: int) -> UInt8[np.ndarray, "r r 3"]:
@@ -55,15 +83,27 @@ def decoded(path: Source, use: Callable[[Image.Image], Image.Image] = lambda ima
     data = _bytes(path)
     try:
         image = Image.open(io.BytesIO(data))
+        deep = _is_deep_colour(image)
         image.load()
+        image.info[DEEP] = deep
         return use(image)
     except MemoryError:
         raise
     except UnidentifiedImageError:
         reason = "not an image of a known format"
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: expected an image of at most 178 megapixels, got more ({error}); scale it") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, OverflowError and more
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(f"{path}: expected a readable image, got: {reason}; convert it to JPEG or PNG")
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether a file that was opened, but not decoded, has more than 8 bits for each of several channels."""
+    bits = getattr(image, "tag_v2", {}).get(258, ())  # TIFF's BitsPerSample
+    raw = str([tile[3] for tile in getattr(image, "tile", ())])  # a PNG's is RGB;16B
+    several = image.mode not in ("F", "I") and not image.mode.startswith("I;")
+    return several and ((len(bits) > 1 and max(bits) > 8) or ";16" in raw)
 
 
 def _bytes(path: Source) -> bytes:
@@ -75,7 +115,7 @@ def _bytes(path: Source) -> bytes:
                 return file.read()
         return (Path(path) if isinstance(path, str) else path).read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: expected an image file, found nothing there; check the path") from None
+        raise UserError(f"{path}: expected an image file, found nothing there{_beside(path)}; check the path") from None
     except (zipfile.BadZipFile, zlib.error, IsADirectoryError) as error:
         raise UserError(f"{path}: expected a readable image, got: {error}; check the file") from None
     except OSError as error:
@@ -84,3 +124,12 @@ def _bytes(path: Source) -> bytes:
         raise
     except Exception as error:  # drivers have errors of their own for servers that fail or refuse
         raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+def _beside(path: Source) -> str:
+    """A file that differs in case or suffix only, as a hint; local places only."""
+    folder, stem = Path(str(path)).parent, Path(str(path)).stem
+    if "://" in str(path) or not folder.is_dir():
+        return ""
+    names = sorted(p.name for p in folder.iterdir() if p.stem.lower() == stem.lower())
+    return f" (but {names[0]})" if names else ""

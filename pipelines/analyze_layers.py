@@ -15,6 +15,7 @@ import numpy as np
 from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
 from fsdino.specs import encoder_spec, teacher_spec
+from pipelines.checks import Count, Seed
 from pipelines.cli import main
 from pipelines.recipes import Backbone, Device, Places, RecipeName, Teaching
 
@@ -28,9 +29,9 @@ class Settings:
     backbone: Backbone
     teaching: Teaching
     device: Device
-    images: int = 64
+    images: Count = 64
     """Training images, drawn from `seed`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice."""
     plot: str | None = None
     """Also write the plot to this file."""

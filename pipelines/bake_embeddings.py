@@ -14,6 +14,7 @@ from fsdino.config import SegmenterConfig
 from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
 from pipelines import checkpoints, extraction, stores
+from pipelines.checks import Place
 from pipelines.cli import main
 from pipelines.networks import BakePlan
 from pipelines.recipes import Backbone, Extraction, Places, RecipeName, Teaching
@@ -30,7 +31,7 @@ class Settings:
     teaching: Teaching
     extraction: Extraction
     model: SegmenterConfig
-    adapter_checkpoint: str | None = None
+    adapter_checkpoint: Place | None = None
     """A distilled adapter's folder, path or URL, instead of the one that was distilled on this data set."""
 
 

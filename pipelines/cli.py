@@ -1,26 +1,23 @@
 """What all commands share: flags from a settings type and a recipe, exit codes, JSON on the last line."""
 
+import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
-from dataclasses import MISSING, fields, replace
-from typing import Any, TypeVar
+from contextlib import redirect_stderr
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import tyro
 
 from feature_store.errors import StoreError, StoreFault
-from feature_store.urls import absolute
-from fsdino.errors import UserError
-from pipelines.outcome import ClusterFault
+from feature_store.urls import redacted_text
+from fsdino.errors import DataWarning, Fault, UserError, first_line
+from pipelines.checks import checked
 from pipelines.recipes import RECIPES
 
-PATHS = {
-    "places": ("data", "store", "out", "cache"),
-    "backbone": ("encoder_weights",),
-    "teaching": ("teacher_weights",),
-}
-"""Settings that are paths, by their section."""
 S = TypeVar("S")
 
 
@@ -37,18 +34,43 @@ ENVIRONMENT = {
 def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[str] | None = None) -> None:
     """Parse the flags, do the job, print its result as one JSON line, and exit.
 
-    Exit codes: 0 done, 2 wrong usage or input (one line on stderr), 1 a fault (a full disk or a dead object store in
-    one line, others with their traceback).
+    Exit codes: 0 done, 2 wrong usage or input, 1 a fault (a full disk, a dead server, a training that diverged), each
+    in one line on stderr; a fault of our own code comes with its traceback. Credentials in URLs are printed nowhere.
     """
+    warnings.showwarning = _note
+    warnings.simplefilter("always", DataWarning)
     try:
         result = call(settings_type, job, sys.argv[1:] if argv is None else argv)
-    except (UserError, StoreError, ClusterFault) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1 if isinstance(error, (StoreFault, ClusterFault)) else 2)
+        line = json.dumps(result, allow_nan=False)
+    except (UserError, StoreError, Fault) as error:
+        _fail(error, 1 if isinstance(error, (StoreFault, Fault)) else 2)
+    except (OSError, MemoryError) as error:  # a disk, a network, a memory that failed where nobody expected it
+        _fail(f"{type(error).__name__}: {first_line(error)}; fix this and rerun to resume", 1)
     except KeyboardInterrupt:
         print("stopped; rerun the command to resume", file=sys.stderr)
         sys.exit(130)
-    print(json.dumps(result), flush=True)
+    print(redacted_text(line), flush=True)
+
+
+def _fail(error: Exception | str, code: int) -> NoReturn:
+    line = " ".join(str(error).split("\n"))
+    print(f"error: {redacted_text(line)}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A DataWarning as a note in one line; other warnings as Python prints them."""
+    if issubclass(category, DataWarning):
+        print(f"note: {redacted_text(str(message))}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def call(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[str]) -> dict[str, Any]:
@@ -77,12 +99,20 @@ def parse(settings_type: type[S], argv: list[str]) -> S:
         if f.name not in given and f.default is MISSING and f.default_factory is MISSING
     }
     default = settings_type(**given, **missing)
-    settings = tyro.cli(settings_type, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
-    # Ray's workers have working folders of their own, so a relative path would name another place there.
-    for section, names in PATHS.items():
-        values = getattr(settings, section, None)
-        if values is not None:
-            given = {name: getattr(values, name) for name in names}
-            same = {n: absolute(v) for n, v in given.items() if v is not None and not v.startswith("hf:")}
-            settings = replace(settings, **{section: replace(values, **same)})  # type: ignore[type-var]
-    return settings
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            settings = tyro.cli(settings_type, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stopped:
+        if stopped.code:
+            raise UserError(_unboxed(said.getvalue())) from None
+        raise
+    return checked(settings)
+
+
+def _unboxed(text: str) -> str:
+    """What tyro says in a box of several lines, in one."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
+    cut = next((i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))), None)
+    title, *rest = [line for line in lines[:cut] if line] or [""]
+    return f"{title}: {' '.join(rest)}; see --help"

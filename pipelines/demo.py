@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import sequence
+from pipelines.checks import Count, Few, Fold, Output, Seed
 from pipelines.cli import main
 from pipelines.recipes import Distillation, offline_recipe
 from pipelines.sequence import Step, Study, score_title
@@ -24,19 +25,19 @@ RES_PX, COARSE_PX = 256, 128
 class Settings:
     """Run the whole pipeline on generated data and show its scores on novel classes."""
 
-    out: str = "outputs/demo"
+    out: Output = "outputs/demo"
     """Folder for data, stores, runs, pictures and the log."""
-    fold: int = 0
+    fold: Fold = 0
     """The fold whose classes are kept for the test: 0 to 3."""
-    shots: int = 1
+    shots: Few = 1
     """Supports in a test episode."""
-    images: int = 280
+    images: Count = 280
     """Generated images."""
-    steps: int = 160
+    steps: Count = 160
     """Training steps of each variant."""
-    episodes: int = 160
+    episodes: Count = 160
     """Test episodes."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the images, of distillation and of training."""
 
 

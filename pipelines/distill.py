@@ -38,8 +38,8 @@ class Settings:
 def job(settings: Settings) -> dict[str, Any]:
     """Check the stores, then train on Ray Train; a finished run is only reported."""
     places, backbone, distillation = settings.places, settings.backbone, settings.distillation
-    if distillation.distill_epochs < 1 or not distillation.distill_res:
-        raise UserError("--distill-epochs, --distill-res: expected at least one epoch and one resolution")
+    if not distillation.distill_res:
+        raise UserError("--distill-res: expected at least one resolution, got none")
     if distillation.distill_batch % settings.workers.workers:
         raise UserError(
             f"--workers {settings.workers.workers}: expected a divisor of the batch {distillation.distill_batch}"

@@ -22,6 +22,7 @@ from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.protocols import protocol_of
 from fsdino.errors import UserError
 from pipelines import checkpoints, stores
+from pipelines.checks import Few, Fold, Output, Place
 from pipelines.cli import main
 from pipelines.recipes import Backbone, Benchmark, Device, Places, RecipeName, Testing, model_run, model_title
 from pipelines.runs import identity
@@ -38,17 +39,17 @@ class Settings:
     benchmark: Benchmark
     device: Device
     testing: Testing
-    fold: int
+    fold: Fold
     """The fold to test: 0 to 3."""
-    shots: int = 1
+    shots: Few = 1
     """Supports in an episode."""
     method: Literal["segmenter", "prototype", "two-prototype", "nearest"] = "segmenter"
     """A trained segmenter, or a baseline without training (fsdino/baselines.py) on the same features."""
-    checkpoint: str = ""
+    checkpoint: Place = ""
     """Checkpoint folder; if empty, that of train_episodic for this fold and the model's flags."""
     panel: str = ""
     """Also write the picture panel to this file."""
-    masks: str = ""
+    masks: Output = ""
     """Also write each episode's predicted mask into this folder, as EPISODE_CLASS_QUERY.png."""
 
 

@@ -15,6 +15,7 @@ from fsdino.preprocess import PREPROCESSING
 from fsdino.specs import encoder_spec
 from fsdino.weights import weights_digest
 from pipelines import extraction, stores
+from pipelines.checks import Place, Side
 from pipelines.cli import main
 from pipelines.networks import EncoderPlan
 from pipelines.recipes import Backbone, Extraction, Places, RecipeName
@@ -33,9 +34,9 @@ class Settings:
     """Which features to keep."""
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
     """Which images; only those of train have augmented views."""
-    coarse_res: tuple[int, ...] = ()
+    coarse_res: tuple[Side, ...] = ()
     """Further resolutions in the same pass, for distillation: early features of the training images as they are."""
-    images: str | None = None
+    images: Place | None = None
     """Photographs instead of the data set's: a folder, a glob in quotes, or either as an fsspec URL."""
 
 

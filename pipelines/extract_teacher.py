@@ -15,6 +15,7 @@ from fsdino.preprocess import PREPROCESSING
 from fsdino.specs import encoder_spec, teacher_spec
 from fsdino.weights import weights_digest
 from pipelines import extraction, stores
+from pipelines.checks import Place
 from pipelines.cli import main
 from pipelines.networks import TeacherPlan
 from pipelines.recipes import Backbone, Extraction, Places, RecipeName, Teaching
@@ -30,7 +31,7 @@ class Settings:
     backbone: Backbone
     teaching: Teaching
     extraction: Extraction
-    images: str | None = None
+    images: Place | None = None
     """Photographs instead of the data set's: a folder, a glob in quotes, or either as an fsspec URL."""
 
 

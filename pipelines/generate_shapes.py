@@ -4,9 +4,10 @@ python -m pipelines.generate_shapes --data outputs/shapes --images 500
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fsdino.data.shapes import CLASSES, write_shapes
+from pipelines.checks import Count, Output, Range, Seed
 from pipelines.cli import main
 
 
@@ -14,13 +15,13 @@ from pipelines.cli import main
 class Settings:
     """Write a data set of textured shapes: 12 classes, three to a fold, a quarter of the images for testing."""
 
-    data: str = "outputs/shapes"
+    data: Output = "outputs/shapes"
     """Folder to write."""
-    images: int = 500
+    images: Count = 500
     """Number of images."""
-    side: int = 400
+    side: Annotated[int, Range(64, 4096)] = 400
     """Side of an image in pixels."""
-    seed: int = 0
+    seed: Seed = 0
     """Image i depends on (seed, i) alone."""
 
 

@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from feature_store.errors import StoreError
-from fsdino.errors import UserError
+from fsdino.errors import Fault, UserError, first_line
 
 T = TypeVar("T")
 
 
-class ClusterFault(Exception):
+class ClusterFault(Fault):
     """Ray failed, not the user and not our code; what was finished is kept."""
 
     def __init__(self, error: BaseException):
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        super().__init__(f"Ray broke down ({first}); finished work is kept, rerun the command to resume")
+        super().__init__(f"Ray broke down ({first_line(error)}); finished work is kept, rerun the command to resume")
 
 
-EXPECTED = (UserError, StoreError)
+EXPECTED = (UserError, StoreError, Fault)
 """Errors whose one line says all; any other is a fault of ours and keeps its traceback."""
 
 

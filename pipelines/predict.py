@@ -16,6 +16,7 @@ from fsdino.data.masks import read_mask
 from fsdino.errors import UserError
 from fsdino.preprocess import read_image
 from pipelines import checkpoints
+from pipelines.checks import Output, Place, Weights
 from pipelines.cli import main
 
 PANEL = "panel.png"
@@ -25,7 +26,7 @@ PANEL = "panel.png"
 class Settings:
     """Segment the object that the supports show in each query photograph."""
 
-    checkpoint: str
+    checkpoint: Place
     """Checkpoint folder of train_episodic (its `final`)."""
     support: tuple[str, ...]
     """Support photographs."""
@@ -33,9 +34,9 @@ class Settings:
     """Their masks, in the same order."""
     query: tuple[str, ...]
     """Photographs to segment."""
-    out: str = "outputs/masks"
+    out: Output = "outputs/masks"
     """Folder on this machine for the masks."""
-    encoder_weights: str | None = None
+    encoder_weights: Weights | None = None
     """A local weights file instead of the publisher's."""
 
 

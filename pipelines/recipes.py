@@ -10,23 +10,37 @@ import tyro
 
 from fsdino import paper
 from fsdino.config import SegmenterConfig
+from pipelines.checks import (
+    Cores,
+    Count,
+    Few,
+    Output,
+    Place,
+    Range,
+    Rate,
+    Seed,
+    Share,
+    Side,
+    TrackingUri,
+    Weights,
+)
 
 
 @dataclass(frozen=True)
 class Places:
     """Where things are."""
 
-    data: str
+    data: Place
     """Data set in VOC's layout: the folder that holds JPEGImages, on a path every node can read or any fsspec URL."""
-    store: str = "outputs/stores"
+    store: Output = "outputs/stores"
     """Root of the feature stores: a path or any fsspec URL."""
-    cache: str | None = None
+    cache: Output | None = None
     """Folder on a local disk that keeps samples of remote stores; none: no cache."""
-    cache_gb: float = 100
+    cache_gb: Annotated[float, Range(0, 1e9)] = 100
     """Largest size of the cache in GB (10^9 bytes)."""
-    out: str = "outputs/runs"
+    out: Output = "outputs/runs"
     """Root of checkpoints and results: a path or any fsspec URL."""
-    tracking_uri: str = "sqlite:///outputs/mlflow.db"
+    tracking_uri: TrackingUri = "sqlite:///outputs/mlflow.db"
     """MLflow: sqlite:///FILE or the http address of a server."""
 
 
@@ -36,17 +50,17 @@ class Backbone:
 
     encoder: str
     """dinov2_vit{s,b,l,g}14, the same with _reg, dinov3_vit{s,b,l}16, tf_efficientnet_lite0..2 or tiny_vit."""
-    res: int
+    res: Side
     """Side of the square input, in pixels."""
-    num_views: int
+    num_views: Few
     """Views of each training image: 1 is the photograph alone, further ones are augmented."""
-    encoder_weights: str | None = None
+    encoder_weights: Weights | None = None
     """A local weights file, or hf:ORGANISATION/NAME on the hub, instead of the publisher's."""
     early_norm: bool = False
     """Apply the encoder's final norm to the early layer."""
     late_norm: bool = True
     """Apply the encoder's final norm to the late layer."""
-    view_seed: int = 0
+    view_seed: Seed = 0
     """Seed of the augmented views."""
 
     @property
@@ -61,7 +75,7 @@ class Teaching:
 
     teacher: str
     """sam_vit_h, sam_vit_l, sam_vit_b, tf_efficientnet_lite0..2 or tiny_sam."""
-    teacher_weights: str | None = None
+    teacher_weights: Weights | None = None
     """A local weights file instead of the publisher's."""
 
 
@@ -69,15 +83,15 @@ class Teaching:
 class Extraction:
     """How an extraction job uses its cluster."""
 
-    actors: int = 1
+    actors: Few = 1
     """Processes that run the network."""
-    actor_cpus: float = 1
+    actor_cpus: Cores = 1
     """CPU cores per actor."""
-    actor_gpus: float = 0
+    actor_gpus: Annotated[float, Range(0, 64)] = 0
     """GPUs per actor; fractions share one."""
-    decode_cpus: float = 0.5
+    decode_cpus: Cores = 0.5
     """CPU cores per decoding task; as many run as fit beside the actors."""
-    forward_batch: int = 8
+    forward_batch: Few = 8
     """Images in one forward pass."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of the forward pass; docs/networks.md says what the halves change."""
@@ -87,7 +101,7 @@ class Extraction:
     """Type of stored values; int8 is packed with a scale for each 64 channels, in half of float16's bytes."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """An image that cannot be read is listed in the manifest as quarantined, or stops the job."""
-    max_bad_share: float = 0.01
+    max_bad_share: Share = 0.01
     """Stop if more than this share of the images cannot be read."""
 
 
@@ -95,13 +109,13 @@ class Extraction:
 class Workers:
     """How a training job uses its cluster."""
 
-    workers: int = 1
+    workers: Few = 1
     """Ray Train workers; the batch is split among them."""
-    worker_cpus: float = 2
+    worker_cpus: Cores = 2
     """CPU cores per worker."""
-    checkpoint_every: int = 200
+    checkpoint_every: Count = 200
     """Steps between checkpoints; a killed run resumes from the last one."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation and of the order of samples."""
 
 
@@ -119,15 +133,15 @@ class Device:
 class Distillation:
     """Coarse-to-fine distillation (Sec. 3.3.2)."""
 
-    distill_res: tuple[int, ...]
+    distill_res: tuple[Side, ...]
     """Student resolutions in their order, in pixels."""
-    distill_epochs: int = paper.DISTILL_EPOCHS
+    distill_epochs: Count = paper.DISTILL_EPOCHS
     """Passes over the training images at each resolution."""
-    distill_batch: int = paper.BATCH_SIZE
+    distill_batch: Count = paper.BATCH_SIZE
     """Images per step, across all workers."""
-    distill_lr: float = paper.LEARNING_RATE
+    distill_lr: Rate = paper.LEARNING_RATE
     """Initial learning rate of each stage."""
-    validation_share: float = 0.05
+    validation_share: Annotated[float, Range(0, 0.9)] = 0.05
     """Share of the images held out to choose each stage's best weights."""
 
 
@@ -135,23 +149,23 @@ class Distillation:
 class Episodic:
     """Episodic training (Sec. 3.4.3)."""
 
-    epochs: int = paper.EPOCHS_PASCAL
+    epochs: Count = paper.EPOCHS_PASCAL
     """Passes over the base images; the number of steps follows."""
-    steps: int | None = None
+    steps: Count | None = None
     """Number of steps, instead of epochs."""
-    batch: int = paper.BATCH_SIZE
+    batch: Count = paper.BATCH_SIZE
     """Episodes per step, across all workers."""
-    train_shots: int = 1
+    train_shots: Few = 1
     """Supports in a training episode."""
-    lr: float = paper.LEARNING_RATE
+    lr: Rate = paper.LEARNING_RATE
     """Learning rate of new layers."""
-    decoder_lr: float = paper.DECODER_LEARNING_RATE
+    decoder_lr: Rate = paper.DECODER_LEARNING_RATE
     """Learning rate of the decoder."""
-    balance: float = 0.0
+    balance: Share = 0.0
     """Above 0: draw the class first, by its number of images to the power 1 - balance (1: all equally likely)."""
     flip: bool = False
     """Mirror cached features and labels at random, for encoders that take a mirrored image to mirrored features."""
-    label_px: int | None = None
+    label_px: Side | None = None
     """Side at which the loss is computed; the image's if none."""
 
 
@@ -167,9 +181,9 @@ class Benchmark:
 class Testing:
     """Evaluation."""
 
-    episodes: int = 1000
+    episodes: Count = 1000
     """Test episodes."""
-    test_seed: int = 0
+    test_seed: Seed = 0
     """Seed of the episodes' classes and supports."""
 
 

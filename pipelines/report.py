@@ -11,6 +11,7 @@ from typing import Any
 
 from fsdino.errors import UserError
 from pipelines import tables
+from pipelines.checks import Count, Few, Seed, TrackingUri
 from pipelines.cli import main
 
 
@@ -18,15 +19,15 @@ from pipelines.cli import main
 class Settings:
     """Print mIoU and FB-IoU of every method on every fold; the mean where all are there."""
 
-    tracking_uri: str = "sqlite:///outputs/mlflow.db"
+    tracking_uri: TrackingUri = "sqlite:///outputs/mlflow.db"
     """MLflow: sqlite:///FILE or the http address of a server."""
     dataset: str = "pascal-5i"
     """Name of the data set."""
-    shots: int = 1
+    shots: Few = 1
     """Supports per episode."""
-    episodes: int = 1000
+    episodes: Count = 1000
     """Number of test episodes."""
-    test_seed: int = 0
+    test_seed: Seed = 0
     """Seed of the test episodes."""
 
 

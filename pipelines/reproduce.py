@@ -24,7 +24,7 @@ def job(settings: Settings) -> dict[str, Any]:
     dataset = open_dataset(settings.places.data)
     for fold in settings.folds:
         dataset.novel(fold)
-    if not settings.folds or not settings.shots or min(settings.shots) < 1:
+    if not settings.folds or not settings.shots:
         raise UserError(f"--folds {settings.folds}, --shots {settings.shots}: expected at least one fold and one shot")
     if settings.episodic.batch % settings.workers.workers:
         raise UserError(

@@ -15,6 +15,7 @@ from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
+from pipelines.checks import Few, Fold
 from pipelines.recipes import Recipe, RecipeName
 
 Method = Literal["prototype", "two-prototype", "nearest"]
@@ -25,9 +26,9 @@ class Study(Recipe):
     """Run all the steps that a table of results needs, in order, and print the table."""
 
     recipe: RecipeName
-    folds: tuple[int, ...] = (0, 1, 2, 3)
+    folds: tuple[Fold, ...] = (0, 1, 2, 3)
     """Folds to train and test."""
-    shots: tuple[int, ...] = (1,)
+    shots: tuple[Few, ...] = (1,)
     """Supports in a test episode; each number is a table."""
     variants: tuple[Literal["compact", "4d"], ...] = ("compact", "4d")
     """Models to train in each fold."""

@@ -18,6 +18,7 @@ from fsdino.data.protocols import protocol_of
 from fsdino.errors import UserError
 from fsdino.weights import weights_digest
 from pipelines import checkpoints, stores
+from pipelines.checks import Fold, Place, Weights
 from pipelines.cli import main
 from pipelines.recipes import (
     RECIPES,
@@ -48,21 +49,19 @@ class Settings:
     episodic: Episodic
     workers: Workers
     device: Device
-    fold: int
+    fold: Fold
     """The fold whose classes are kept for the test: 0 to 3."""
     name: str = ""
     """Name of the run and its folder; if empty, fold{FOLD}-{VARIANT} and whatever flags changed in the recipe."""
-    adapter_checkpoint: str | None = None
+    adapter_checkpoint: Place | None = None
     """A distilled adapter's folder, path or URL, instead of the one that was distilled on this data set."""
-    decoder_weights: str | None = None
+    decoder_weights: Weights | None = None
     """A local SAM checkpoint for the decoder instead of the publisher's."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Check stores, fold and adapter, then train on Ray Train; a finished run is only reported."""
     places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
-    if episodic.steps is not None and episodic.steps < 1:
-        raise UserError(f"--steps {episodic.steps}: expected at least 1")
     check_batch(episodic.batch, settings.workers.workers)
     protocol, dataset = protocol_of(settings.benchmark.protocol), open_dataset(places.data)
     listed = protocol.training_images(dataset, settings.fold)

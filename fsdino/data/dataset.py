@@ -5,8 +5,9 @@ import json
 import os
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -15,8 +16,8 @@ from upath import UPath
 
 from fsdino import paper
 from fsdino.data.folds import novel_classes
-from fsdino.errors import UserError
-from fsdino.preprocess import read_image
+from fsdino.errors import UserError, reachable
+from fsdino.preprocess import orientation, read_image
 from fsdino.weights import cache_folder
 
 Split = Literal["train", "val"]
@@ -30,6 +31,8 @@ class Dataset(ABC):
     root: UPath
     class_names: list[str]
     num_folds: int = 4
+    fold_rule: str = "blocks"
+    """How classes are split into folds: consecutive blocks."""
 
     @abstractmethod
     def ids(self, split: Split) -> list[str]:
@@ -60,7 +63,11 @@ class Dataset(ABC):
         return novel_classes(fold, len(self.class_names), self.num_folds)
 
     def class_pixels(self, split: Split) -> dict[str, dict[int, int]]:
-        """Pixel counts of every class in every image of a split; kept in the cache, keyed by list and label times.
+        """Pixel counts of every class in every image of a split."""
+        return {image_id: label.pixels for image_id, label in self.labels(split).items()}
+
+    def labels(self, split: Split) -> dict[str, "LabelSummary"]:
+        """What the labels of a split hold; kept in the cache, keyed by list and label times.
 
         Raises UserError for a label with classes that the data set does not have.
         """
@@ -69,26 +76,70 @@ class Dataset(ABC):
             stamps = list(pool.map(lambda image_id: _stamp(self.label_source(image_id)), ids))
         described = json.dumps([str(self.root.resolve()), self.class_names, ids, stamps])
         key = hashlib.sha256(described.encode()).hexdigest()[:16]
-        cached = cache_folder() / f"class-pixels-{key}.json"
+        cached = cache_folder() / f"labels-{key}.json"
         if cached.exists():
-            return {i: {int(c): n for c, n in counts.items()} for i, counts in json.loads(cached.read_text()).items()}
+            return {i: LabelSummary.of_record(record) for i, record in json.loads(cached.read_text()).items()}
         with ThreadPoolExecutor() as pool:
-            pixels = dict(zip(ids, pool.map(self._count, ids), strict=True))
+            labels = dict(zip(ids, pool.map(self.summary, ids), strict=True))
         cached.parent.mkdir(parents=True, exist_ok=True)
         partial = cached.with_suffix(f".{uuid.uuid4().hex}.partial")
-        partial.write_text(json.dumps(pixels))
+        partial.write_text(json.dumps(labels))
         partial.rename(cached)
-        return pixels
+        return labels
 
-    def _count(self, image_id: str) -> dict[int, int]:
-        counts = np.bincount(self.label(image_id).ravel(), minlength=256)
+    def summary(self, image_id: str) -> "LabelSummary":
+        """What a label holds. Raises UserError for classes that the data set does not have."""
+        label = self.label(image_id)
+        counts = np.bincount(label.ravel(), minlength=256)
         beyond = [c for c in np.flatnonzero(counts) if len(self.class_names) < c < paper.VOID]
         if beyond:
             raise UserError(
-                f"{self.label_source(image_id)}: expected classes 0 to {len(self.class_names)} "
-                f"and 255, got {beyond[0]}; name further classes in classes.txt"
+                f"{self.label_source(image_id)}: expected classes 0 to {len(self.class_names)} and 255, got "
+                f"{', '.join(map(str, beyond[:8]))}; correct the label, or name all classes in classes.txt ({CHECK})"
             )
-        return {c: int(counts[c]) for c in range(1, len(self.class_names) + 1) if counts[c]}
+        height, width = label.shape
+        return LabelSummary((width, height), {c: int(counts[c]) for c in self.class_ids if counts[c]})
+
+    @property
+    def class_ids(self) -> range:
+        """Ids of all classes."""
+        return range(1, len(self.class_names) + 1)
+
+
+class LabelSummary(NamedTuple):
+    """What is known of a label without its pixels."""
+
+    size: tuple[int, int]
+    """(width, height)."""
+    pixels: dict[int, int]
+    """Of each class that has any."""
+
+    @classmethod
+    def of_record(cls, record: Any) -> "LabelSummary":
+        """From JSON."""
+        (width, height), pixels = record
+        return cls((width, height), {int(c): n for c, n in pixels.items()})
+
+
+def check_sizes(dataset: Dataset, split: Split, photographs: Mapping[str, tuple[int, int]]) -> None:
+    """Raise UserError if labels are not of their photographs' sizes; `photographs` are (width, height) by image id.
+
+    A label of another size would be stretched onto its photograph, one that is turned crushed.
+    """
+    labels = dataset.labels(split)
+    differing = [i for i, size in photographs.items() if i in labels and tuple(size) != labels[i].size]
+    if differing:
+        first = differing[0]
+        (width, height), label = photographs[first], labels[first].size
+        turned = orientation(dataset.source(first))
+        raise UserError(
+            f"{dataset.label_source(first)}: expected the size of its photograph {dataset.source(first)}, "
+            f"{width}x{height} (EXIF orientation {turned}), got {label[0]}x{label[1]}; so are {len(differing)} of "
+            f"{len(photographs)} labels; save labels as photographs are shown ({CHECK})"
+        )
+
+
+CHECK = "`python -m pipelines.check_data --data PATH` lists all"
 
 
 def open_dataset(place: str) -> Dataset:
@@ -101,7 +152,8 @@ def open_dataset(place: str) -> Dataset:
 def _stamp(place: str) -> str | None:
     """What changes when a file does; None if it is not there."""
     try:
-        stat = os.stat(place) if place.startswith("/") else UPath(place).stat()
+        with reachable(place):
+            stat = os.stat(place) if place.startswith("/") else UPath(place).stat()
     except FileNotFoundError:
         return None
     return f"{stat.st_size} {stat.st_mtime}"

@@ -1,46 +1,218 @@
-"""Labels and masks: which pixels are which class."""
+"""Labels and masks: which pixels are which class.
+
+A file is read by what it shows rather than by its mode alone, and where two readings are possible and differ, it is
+refused: a mask that is silently another object costs a whole evening.
+"""
+
+import warnings
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import ImageOps
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image, ImageOps
 
 from fsdino import paper
-from fsdino.errors import UserError
+from fsdino.errors import DataWarning, UserError
 from fsdino.preprocess import Source, decoded
+
+WHOLE_SHARE = 0.9  # of the image, above which a mask is more likely inverted than an object
+FLAT_SHARE = 0.5  # of the values between the extremes, above which they are class numbers and no soft edge
 
 
 def read_label(path: Source) -> UInt8[np.ndarray, "h w"]:
-    """A label PNG as class numbers; a palette image gives its indices. 255 is void.
+    """A label image as class numbers; a palette image gives its indices. 255 is void.
 
-    Raises UserError if the file is missing, unreadable, or has colour channels.
+    A label in VOC's colours is mapped back to numbers. Raises UserError if the file is missing, unreadable, has class
+    numbers above 255, or has other colours.
     """
     image = decoded(path)
-    if image.mode not in ("P", "L", "1"):
-        raise UserError(f"{path}: expected a label image of one channel, got mode {image.mode}; save it as greyscale")
-    return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
+    if image.mode in ("P", "L", "1"):
+        return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
+    if image.mode.startswith("I"):
+        numbers = np.asarray(image)
+        if numbers.min() < 0 or numbers.max() > paper.VOID:
+            wrong = int(numbers.min() if numbers.min() < 0 else numbers.max())
+            raise UserError(
+                f"{path}: expected class numbers 0 to 255, got {wrong}; save a class per number, not an instance"
+            )
+        return numbers.astype(np.uint8)
+    if image.mode == "F":
+        raise UserError(f"{path}: expected a label of class numbers, got floats; save it as 8-bit greyscale")
+    alpha, pixels = _alpha(image), np.asarray(image.convert("RGB"))
+    if alpha is not None and np.ptp(alpha):
+        raise UserError(f"{path}: expected a label of class numbers, got transparency; save it as 8-bit greyscale")
+    return _numbers_of_colours(path, pixels)
 
 
-def read_mask(path: Source, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
-    """A support mask: every non-zero pixel is the object. `size` is the photograph's (width, height).
+def read_mask(path: Source, size: tuple[int, int], value: int | None = None) -> UInt8[np.ndarray, "h w"]:
+    """A support mask as 1 on the object and 0 elsewhere. `size` is the photograph's (width, height).
 
-    Raises UserError if its size differs from the photograph's, or if no pixel is set.
+    Of two values the brighter is the object (0 and 1 or 0 and 255, two colours, a palette of two colours); of soft
+    edges what reaches half of the range; where colours say nothing, alpha is the mask. An image of several class
+    numbers needs `value`, the object's; its pixels of 255 are then void, 255 here too.
+
+    Raises UserError if the size differs from the photograph's, if no pixel is the object or every pixel is, or if the
+    image can be read in two ways; warns (DataWarning) of soft edges, and of an object that covers 90 % of the image.
     """
     image = ImageOps.exif_transpose(decoded(path))
     if image.size != size:
         raise UserError(
             f"{path}: expected a mask of the photograph's size {size[0]}x{size[1]}, "
-            f"got {image.size[0]}x{image.size[1]}; draw the mask on that photograph"
+            f"got {image.size[0]}x{image.size[1]}{_turned(image.size, size)}; draw the mask on that photograph"
         )
-    # A palette's colours are names, not values: index 0 is the background whatever its colour.
-    values = np.array(image.convert("RGB") if image.mode in ("RGBA", "LA", "PA", "CMYK") else image)
-    mask = np.atleast_3d(values).any(-1)
+    values, is_palette = _mask_values(path, image)
+    if value is not None:
+        return _one_value(path, values, value)
+    mask = _object(path, values, is_palette)
     if not mask.any():
         raise UserError(
             f"{path}: expected at least one foreground pixel, got none; mark the object with a value above 0"
         )
-    return np.asarray(mask, dtype=np.uint8)
+    covered = float(mask.mean())
+    if covered == 1:
+        raise UserError(
+            f"{path}: expected an object and a background, got a mask that covers the whole image; mark the "
+            "background with 0"
+        )
+    if covered > WHOLE_SHARE:
+        warnings.warn(
+            f"{path}: the mask covers {covered:.0%} of the image; if the object is what is left, invert it",
+            DataWarning,
+            stacklevel=2,
+        )
+    return mask.astype(np.uint8)
 
 
 def binary_label(label: UInt8[np.ndarray, "h w"], class_id: int) -> UInt8[np.ndarray, "h w"]:
     """1 on the class, 0 elsewhere, 255 where the label is void."""
     return np.where(label == paper.VOID, paper.VOID, label == class_id).astype(np.uint8)
+
+
+def voc_colours() -> UInt8[np.ndarray, "256 3"]:
+    """VOC's colour of each class number: bits 0, 3, 6 of the number are the upper bits of red, 1, 4, 7 of green, and
+    2, 5 of blue, from the highest down."""
+    number = np.arange(256)
+    colours = np.zeros((256, 3), int)
+    for bit in range(8):
+        colours[:, bit % 3] |= (number >> bit & 1) << (7 - bit // 3)
+    return colours.astype(np.uint8)
+
+
+def _mask_values(path: Source, image: Image.Image) -> tuple[Int[np.ndarray, "h w"], bool]:
+    """A mask's values, the object's highest unless they are class numbers, and whether they are a palette's indices."""
+    if image.mode == "P" and "transparency" not in image.info:
+        indices = np.asarray(image).astype(np.int64)
+        palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
+        if len(np.unique(palette, axis=0)) <= 2 or (np.ptp(palette, axis=1) == 0).all():  # colours, not names
+            return palette.astype(np.int64).sum(1)[indices], False
+        return indices, True
+    alpha = _alpha(image)
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise UserError(f"{path}: expected a mask of numbers, got some that are not finite; save it as 8 bits")
+        levels, positions = np.unique(values, return_inverse=True)
+        if len(levels) > 2:
+            scaled = (values - values.min()) / np.ptp(values) * 65535
+            return np.round(scaled).astype(np.int64), False
+        return positions.reshape(values.shape).astype(np.int64) + int(len(levels) == 1 and levels[0] > 0), False
+    if image.mode in ("1", "L", "I") or image.mode.startswith("I;"):
+        return np.asarray(image).astype(np.int64), False
+    colours = _colour_values(path, np.asarray(image.convert("RGB")))
+    if alpha is None or not np.ptp(alpha):
+        return colours, False
+    if not np.ptp(colours):
+        return alpha, False
+    if np.array_equal(_halved(colours), _halved(alpha)):
+        return colours, False
+    raise UserError(
+        f"{path}: its colours and its transparency show different objects; save the mask without transparency, or "
+        "in transparency alone"
+    )
+
+
+def _colour_values(path: Source, pixels: UInt8[np.ndarray, "h w 3"]) -> Int[np.ndarray, "h w"]:
+    """Brightness, or class numbers if the colours are several of VOC's."""
+    levels = np.unique(pixels.reshape(-1, 3), axis=0)
+    if len(levels) > 2 and not (np.ptp(levels, axis=1) == 0).all() and _known(levels).all():
+        return _numbers_of_colours(path, pixels).astype(np.int64)
+    if (np.ptp(levels, axis=1) == 0).all():
+        return pixels[..., 0].astype(np.int64)
+    return pixels.astype(np.int64).sum(-1)
+
+
+def _object(path: Source, values: Int[np.ndarray, "h w"], is_palette: bool) -> Bool[np.ndarray, "h w"]:
+    """Where the object is in an image of one object."""
+    levels = np.unique(values)
+    if len(levels) == 1:
+        return values > 0
+    if len(levels) == 2 and (levels[0] == 0 or not is_palette):
+        return values == levels[1]
+    if is_palette or _flat(values):
+        named = ", ".join(map(str, levels[levels > 0][:12])) + (", ..." if len(levels) > 13 else "")
+        raise UserError(f"{path}: expected a mask of one object, got values {named}; choose one with --mask-value")
+    between = int(((values > levels[0]) & (values < levels[-1])).sum())
+    warnings.warn(
+        f"{path}: {between} pixels have values between {levels[0]} and {levels[-1]}; those that reach half of the "
+        "range are the object",
+        DataWarning,
+        stacklevel=3,
+    )
+    return _halved(values)
+
+
+def _halved(values: Int[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """What reaches half of the range."""
+    return 2 * values >= values.min() + values.max()
+
+
+def _flat(values: Int[np.ndarray, "h w"]) -> bool:
+    """Whether the values between the extremes lie in even areas, as class numbers do and soft edges do not."""
+    between = (values > values.min()) & (values < values.max())
+    even = np.zeros_like(between)
+    same = (values[:-1, :-1] == values[1:, :-1]) & (values[:-1, :-1] == values[:-1, 1:])
+    even[:-1, :-1] = same & (values[:-1, :-1] == values[1:, 1:])
+    return bool((even & between).sum() >= FLAT_SHARE * between.sum())
+
+
+def _one_value(path: Source, values: Int[np.ndarray, "h w"], value: int) -> UInt8[np.ndarray, "h w"]:
+    """The object of that class number, void kept."""
+    if not (values == value).any():
+        named = ", ".join(map(str, np.unique(values)[:12]))
+        raise UserError(f"{path}: expected pixels of --mask-value {value}, got values {named}; choose one of those")
+    void = (values == paper.VOID) & (value != paper.VOID)
+    return np.where(void, paper.VOID, values == value).astype(np.uint8)
+
+
+def _alpha(image: Image.Image) -> Int[np.ndarray, "h w"] | None:
+    """Opacity, None if the image has none."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        return np.asarray(image.convert("RGBA").getchannel("A")).astype(np.int64)
+    return None
+
+
+def _numbers_of_colours(path: Source, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
+    """Class numbers of a label in VOC's colours, or of three equal channels. Raises UserError for other colours."""
+    levels, positions = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    if _known(levels).all():
+        numbers = np.array([_VOC_NUMBERS[tuple(level)] for level in levels.tolist()], np.uint8)
+    elif (np.ptp(levels, axis=1) == 0).all():
+        numbers = levels[:, 0]
+    else:
+        strange = tuple(levels[~_known(levels)][0].tolist())
+        raise UserError(
+            f"{path}: expected class numbers or VOC's colours, got the colour {strange}; replace each colour by its "
+            "class number and save one channel (converting to greyscale would make other numbers)"
+        )
+    return numbers[positions].reshape(pixels.shape[:2])
+
+
+def _known(levels: UInt8[np.ndarray, "n 3"]) -> Bool[np.ndarray, "n"]:
+    """Which colours are VOC's."""
+    return np.array([tuple(level) in _VOC_NUMBERS for level in levels.tolist()])
+
+
+def _turned(got: tuple[int, int], expected: tuple[int, int]) -> str:
+    return " (turned by a quarter)" if got == expected[::-1] and got[0] != got[1] else ""
+
+
+_VOC_NUMBERS = {tuple(colour): number for number, colour in enumerate(voc_colours().tolist())}

@@ -11,9 +11,7 @@ import fsspec
 from fsspec.utils import glob_translate
 
 from fsdino.errors import UserError
-
-SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .heic .heif .avif .jp2 .ppm .pgm".split())
-"""What counts as a photograph in a folder; a glob takes whatever it matches. Unsupported ones are found on reading."""
+from fsdino.preprocess import SUFFIXES
 
 
 def list_photographs(place: str) -> dict[str, str]:

@@ -1,19 +1,22 @@
 """Data sets in VOC's layout.
 
-A root (a path or any fsspec URL) holds JPEGImages/*.jpg, SegmentationClassAug/*.png (palette index = class, 255 =
-void), and lists of ids in ImageSets/Segmentation/{train_aug,val}.txt. An optional classes.txt names the classes, one
-per line from class 1; without it the twenty of PASCAL VOC are meant. A data set of one's own is known by its folder's
-name.
+A root (a path or any fsspec URL) holds JPEGImages (JPEG, or any other kind of photograph), SegmentationClassAug/*.png
+(palette index = class, 255 = void), and lists of images in ImageSets/Segmentation/{train_aug,val}.txt (lists.py has
+their forms). An optional classes.txt names the classes, one per line from class 1; without it the twenty of PASCAL VOC
+are meant. A data set of one's own is known by its folder's name.
 """
+
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import UInt8
 from upath import UPath
 
 from fsdino.data.dataset import Dataset, Split
+from fsdino.data.lists import parse_classes, parse_ids
 from fsdino.data.masks import read_label
-from fsdino.errors import UserError
-from fsdino.preprocess import Source
+from fsdino.errors import UserError, reachable
+from fsdino.preprocess import SUFFIXES, Source
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
@@ -27,26 +30,46 @@ class VocDataset(Dataset):
 
     def __init__(self, root: Source):
         self.root = UPath(root)
-        if not (self.root / "ImageSets" / "Segmentation").is_dir():
-            raise UserError(
-                f"{self.root}: expected a data set in VOC's layout, found no ImageSets/Segmentation; "
-                "name the folder that holds JPEGImages"
-            )
-        names = self.root / "classes.txt"
-        own = names.exists()
-        self.class_names = names.read_text().strip().splitlines() if own else list(VOC_CLASSES)
+        with reachable(self.root):
+            if not (self.root / "ImageSets" / "Segmentation").is_dir():
+                raise UserError(
+                    f"{self.root}: expected a data set in VOC's layout, found no ImageSets/Segmentation; "
+                    "name the folder that holds JPEGImages"
+                )
+            names = self.root / "classes.txt"
+            own = names.exists()
+            self.class_names = parse_classes(str(names), names.read_bytes()) if own else list(VOC_CLASSES)
         self.name = self.root.resolve().name if own else "pascal-5i"
 
     def ids(self, split: Split) -> list[str]:
         """See Dataset."""
-        path = self.root / "ImageSets" / "Segmentation" / f"{_LIST[split]}.txt"
-        if not path.exists():
-            raise UserError(f"{path}: expected the list of {split} images, found none; VOC's layout needs it")
-        return path.read_text().split()
+        if split not in self._ids:
+            path = self.root / "ImageSets" / "Segmentation" / f"{_LIST[split]}.txt"
+            with reachable(path):
+                try:
+                    self._ids[split] = parse_ids(str(path), path.read_bytes())
+                except FileNotFoundError:
+                    raise UserError(
+                        f"{path}: expected the list of {split} images, found none; VOC's layout needs it"
+                    ) from None
+        return list(self._ids[split])
+
+    @cached_property
+    def _ids(self) -> dict[Split, list[str]]:
+        return {}
+
+    @cached_property
+    def _photographs(self) -> dict[str, str]:
+        """Names of files by their stems; of several the JPEG."""
+        folder = self.root / "JPEGImages"
+        with reachable(folder):
+            names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        known = sorted((n for n in names if _suffix(n) in SUFFIXES), key=lambda n: (_suffix(n) == ".jpg", n))
+        return {name.rsplit(".", 1)[0]: name for name in known}
 
     def source(self, image_id: str) -> str:
-        """See Dataset."""
-        return str(self.root / "JPEGImages" / f"{image_id}.jpg")
+        """See Dataset. A photograph that is not there is a JPEG."""
+        return str(self.root / "JPEGImages" / self._photographs.get(image_id, f"{image_id}.jpg"))
 
     def label_source(self, image_id: str) -> str:
         """See Dataset."""
@@ -55,3 +78,7 @@ class VocDataset(Dataset):
     def label(self, image_id: str) -> UInt8[np.ndarray, "h w"]:
         """See Dataset."""
         return read_label(self.label_source(image_id))
+
+
+def _suffix(name: str) -> str:
+    return "." + name.rsplit(".", 1)[-1].lower()

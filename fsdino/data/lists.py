@@ -1,0 +1,123 @@
+"""Lists of images and of classes, in the forms in which people have them."""
+
+import re
+import unicodedata
+
+from fsdino.errors import UserError
+from fsdino.preprocess import SUFFIXES
+
+Line = tuple[int, str]
+FLAGS = re.compile(r"(\S.*?)\s+(-1|0|1)")
+ABSENT = "-1"
+FOLDERS = ("JPEGImages", "SegmentationClassAug", "SegmentationClass")
+
+
+def parse_ids(place: str, data: bytes) -> list[str]:
+    """Ids of a list, in its order. One entry a line, all of one form: an id; a path to the image; a path to the image
+    and one to its label; or an id and VOC's flag, where -1 means that the image is not in the list.
+
+    Ids may hold spaces; line ends, blank lines, byte-order marks and UTF-16 are understood. Raises UserError with the
+    line's number for what is not, and for an id that comes twice.
+    """
+    lines = _lines(place, data)
+    for form in (_flagged, _paired, _plain):
+        ids = form(place, lines)
+        if ids is not None:
+            break
+    seen: dict[str, int] = {}
+    for number, image_id in ids or []:
+        if image_id in seen:
+            raise UserError(
+                f"{place}: line {number}: {image_id} is listed in line {seen[image_id]} already; remove one"
+            )
+        seen[image_id] = number
+    if not seen:
+        raise UserError(f"{place}: expected ids of images, one a line, got none")
+    return list(seen)
+
+
+def parse_classes(place: str, data: bytes) -> list[str]:
+    """Names of classes, from class 1, one a line. Raises UserError with the line's number for a blank line between
+    two names, or for a name that comes twice."""
+    lines = _lines(place, data)
+    names: list[str] = []
+    for position, (number, name) in enumerate(lines, start=1):
+        if number != position:
+            raise UserError(f"{place}: line {position}: expected the name of class {position}, got a blank line")
+        if name in names:
+            raise UserError(f"{place}: line {number}: {name} is the name of class {names.index(name) + 1} already")
+        names.append(name)
+    if not names:
+        raise UserError(f"{place}: expected names of classes, one a line, got none")
+    return names
+
+
+def _lines(place: str, data: bytes) -> list[Line]:
+    """Lines that are not blank, with their numbers from 1; what cannot be seen is taken off both ends."""
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{place}: line {number}: expected UTF-8, got other bytes; save the list as UTF-8") from None
+    visible = ((number, _visible(line)) for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1))
+    found = [(number, line) for number, line in visible if line]
+    for number, line in found:
+        if any(unicodedata.category(c) in ("Cc", "Cf") for c in line.replace("\t", " ")):
+            raise UserError(f"{place}: line {number}: {line!r} holds characters that cannot be seen; remove them")
+    return found
+
+
+def _visible(line: str) -> str:
+    """The line without blanks and invisible characters at its ends."""
+    unseen = {c for c in line if c.isspace() or unicodedata.category(c) in ("Cc", "Cf")}
+    return line.strip("".join(unseen))
+
+
+def _flagged(place: str, lines: list[Line]) -> list[Line] | None:
+    """VOC's lists of one class: an id and -1 (absent), 0 (difficult) or 1. None if no line is of this form."""
+    matches = [(number, line, FLAGS.fullmatch(line)) for number, line in lines]
+    if not any(match and match[2] == ABSENT for _, _, match in matches) and not all(match for _, _, match in matches):
+        return None
+    for number, line, match in matches:
+        if match is None:
+            raise UserError(f"{place}: line {number}: expected an id and a flag of -1, 0 or 1, as above, got {line!r}")
+    return [(number, match[1]) for number, _, match in matches if match and match[2] != ABSENT]
+
+
+def _paired(place: str, lines: list[Line]) -> list[Line] | None:
+    """Paths of images, alone or with their labels' behind them. None if no line begins with one."""
+    if not any(_image_path(line) for _, line in lines):
+        return None
+    ids = []
+    for number, line in lines:
+        image, *label = line.split()
+        if not _image_path(image) or len(label) > 1:
+            raise UserError(f"{place}: line {number}: expected an image's path and a label's, as above, got {line!r}")
+        image_id = _stem(image)
+        if label and _stem(label[0]) != image_id:
+            raise UserError(
+                f"{place}: line {number}: expected a label called {image_id}, got {label[0]}; give it the image's name"
+            )
+        ids.append((number, image_id))
+    return ids
+
+
+def _plain(place: str, lines: list[Line]) -> list[Line]:
+    """Ids as they are."""
+    for number, line in lines:
+        if line.startswith("/") or ".." in line.split("/") or "\t" in line:
+            raise UserError(f"{place}: line {number}: expected an id, a path to an image, or a pair, got {line!r}")
+    return lines
+
+
+def _image_path(text: str) -> bool:
+    first = text.split()[0]
+    return any(first.lower().endswith(suffix) for suffix in SUFFIXES)
+
+
+def _stem(path: str) -> str:
+    """The id that a path means: what is below the data set's folder of images or labels, without suffix."""
+    parts = path.lstrip("/").removeprefix("./").split("/")
+    below = parts[1:] if len(parts) > 1 and parts[0] in FOLDERS else parts[-1:]
+    return "/".join(below).rsplit(".", 1)[0]
