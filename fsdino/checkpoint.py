@@ -27,7 +27,7 @@ def save(folder: str | Path, name: str, state: "dict[str, Tensor]", record: dict
     tensors, description = files(name)
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / tensors)
     record = {**record, "format_version": FORMAT_VERSION, "sha256": _sha256(folder / tensors)}
-    text = json.dumps(record, indent=2, sort_keys=True)
+    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
     (folder / description).write_text(text + "\n")
 
 

@@ -1,8 +1,10 @@
 """The Ray cluster, joined or started and asked whether it has what a job wants; the device of a job without it."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from glob import glob
 from typing import TYPE_CHECKING
 
 from fsdino.errors import UserError
@@ -13,15 +15,30 @@ if TYPE_CHECKING:
     import torch
 
 
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a local Ray for this process. Raises ClusterFault."""
+def connect(wanted: Mapping[str, float], job: str, cure: str) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray for this process.
+
+    Raises UserError if it can never give a job all that it wants, for which Ray would wait for ever; on this machine
+    alone before Ray is started. Raises ClusterFault.
+    """
     import ray
 
+    def check(available: Mapping[str, float]) -> None:
+        for kind, amount in wanted.items():
+            if amount > available.get(kind, 0):
+                raise UserError(
+                    f"{job}: expected a cluster with {amount:g} {kind}, got {available.get(kind, 0):g}; {cure}"
+                )
+
     if not ray.is_initialized():
+        if "RAY_ADDRESS" not in os.environ:
+            check({"CPU": len(os.sched_getaffinity(0)), "GPU": len(glob("/dev/nvidia[0-9]*"))})
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
             raise ClusterFault(error) from error
+    with faults():
+        check(ray.cluster_resources())
 
 
 @contextmanager
@@ -35,17 +52,6 @@ def faults() -> Iterator[None]:
         raise
     except (RayError, ConnectionError) as error:
         raise ClusterFault(error) from error
-
-
-def check_resources(wanted: Mapping[str, float], job: str, cure: str) -> None:
-    """Raise UserError if the cluster can never give a job all that it wants; Ray would wait for it for ever."""
-    import ray
-
-    with faults():
-        available = ray.cluster_resources()
-    for kind, amount in wanted.items():
-        if amount > available.get(kind, 0):
-            raise UserError(f"{job}: expected a cluster with {amount:g} {kind}, got {available.get(kind, 0):g}; {cure}")
 
 
 def device_of(device: Device) -> "torch.device":

@@ -80,11 +80,13 @@ class Distiller:
             with self.worker.autocast():
                 predicted = self.model(x)
             loss = distillation_loss(predicted, y)
+            done = step + 1
+            losses = training.mean_over_ranks({"mse": loss})
+            training.check_finite(done, losses)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            done = step + 1
-            self.log(done, steps, res, mse=loss.item(), lr=lr)
+            self.log(done, steps, res, **losses, lr=lr)
             if done % per_epoch == 0:
                 # Rank 0 decides for all: a difference in rounding must not let ranks continue from different weights.
                 mse, constant = training.from_rank_0(lambda: self.validate(store, self.student))
@@ -93,13 +95,15 @@ class Distiller:
                     best, best_mse = self.weights(), mse
                 r2 = 1 - best_mse / constant
             if done % worker.checkpoint_every == 0 and done < steps:
-                self.flush()  # a checkpoint must not be ahead of the curves that lead to it
+                training.check_finite(done, losses, self.adapter)
+                self.keep()  # a checkpoint must not be ahead of the curves that lead to it
                 kept: dict[str, Any] = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
                 kept |= {"stage": stage, "step": done, "results": state["results"], "best": best, "best_mse": best_mse}
                 training.save_state(worker.rank, {"stage": stage, "step": done}, **kept)
         (ridge_r2,) = training.from_rank_0(lambda: (self.ridge_r2(store),))
         self.log(steps, steps, res, ridge_r2=ridge_r2)
-        self.flush()
+        training.check_finite(steps, {"val_mse": best_mse}, self.adapter)
+        self.keep()
         result = {"res_px": res, "steps": steps, "val_mse": best_mse, "val_r2": r2, "ridge_r2": ridge_r2}
         return {"stage": stage + 1, "step": 0, "results": [*state["results"], result], "adapter": best}
 
@@ -160,10 +164,10 @@ class Distiller:
             self.worker.report(f"distil {res} px", done, steps)
             self.worker.run.log(done, **{f"{name}_{res}px": value for name, value in metrics.items()})
 
-    def flush(self) -> None:
+    def keep(self) -> None:
         """Send the metrics."""
         if self.worker.run:
-            self.worker.run.flush()
+            self.worker.run.keep()
 
     def finish(self, results: list[dict[str, Any]]) -> None:
         """Write the adapter, its panel and its record; from rank 0."""
@@ -171,14 +175,15 @@ class Distiller:
         if run is None:
             return
         parameters = sum(p.numel() for p in self.adapter.parameters())
+        final = f"{self.worker.folder}/final"
         with tempfile.TemporaryDirectory() as folder:
             self.adapter.save(folder, stages=results, parameters=parameters, **job.origin, commit=tracking.commit())
-            run.folder(folder, "adapter")
-            shown = job.held_out[:PANEL_IMAGES]
-            picture = draw_panel(job.dataset, self.adapter, self.pairs(job.early[-1], shown), shown)
-            run.picture(picture, "panels/embeddings.png")
-            self.flush()
-            checkpoints.publish(folder, f"{self.worker.folder}/final")  # last: it says that all is done
+            checkpoints.publish(folder, final)  # first of all: what follows may fail
+        run.folder(final, "adapter")
+        shown = job.held_out[:PANEL_IMAGES]
+        picture = draw_panel(job.dataset, self.adapter, self.pairs(job.early[-1], shown), shown)
+        run.picture(picture, "panels/embeddings.png")
+        self.keep()
 
 
 @torch.inference_mode()

@@ -96,20 +96,23 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             group["lr"] = group["initial_lr"] * training.poly(done - 1, steps)
         with worker.autocast():
             parts = model(batch.to(worker.device))
+        losses = training.mean_over_ranks(parts)
+        training.check_finite(done, losses)
         optimiser.zero_grad(set_to_none=True)
         parts["loss"].backward()
         optimiser.step()
-        losses = {key: value.item() for key, value in parts.items()}
         worker.report(f"train fold {job.sampler.fold}", done, steps)
         if run:
             run.log(done, **losses, lr=optimiser.param_groups[0]["lr"])
             if done % 50 == 0:
                 run.flush()
         if done % worker.checkpoint_every == 0 and done < steps:
+            training.check_finite(done, losses, segmenter)
             if run:  # a checkpoint must not be ahead of the curves that lead to it
-                run.flush()
+                run.keep()
             kept = {"segmenter": segmenter.state_dict(), "optimiser": optimiser.state_dict(), "seconds": clock.total()}
             training.save_state(worker.rank, {"step": done, **losses}, step=done, **kept)
+    training.check_finite(steps, losses, segmenter)
     if run:
         result: dict[str, Any] = {
             "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
@@ -117,13 +120,14 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             "seconds": round(clock.total(), 1),
             "seconds_per_step": round(clock.total() / steps, 4),
         }
-        run.picture(draw_panel(segmenter, loader, job.sampler, worker.device), "panels/training.png")
+        final = f"{worker.folder}/final"
         with tempfile.TemporaryDirectory() as folder:
             segmenter.save(folder, **job.origin, training=result, commit=tracking.commit())
-            run.folder(folder, "segmenter")
-            run.log(steps, seconds_per_step=result["seconds_per_step"])
-            run.flush()
-            checkpoints.publish(folder, f"{worker.folder}/final")  # last: it says that all is done
+            checkpoints.publish(folder, final)  # first of all: what follows may fail
+        run.log(steps, seconds_per_step=result["seconds_per_step"])
+        run.folder(final, "segmenter")
+        run.picture(draw_panel(segmenter, loader, job.sampler, worker.device), "panels/training.png")
+        run.keep()
 
 
 @torch.inference_mode()

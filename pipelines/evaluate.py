@@ -4,18 +4,15 @@
     python -m pipelines.evaluate --fold 1 --shots 1 --method prototype
 
 Episodes follow the protocol and are scored at the label's own size. The last line of stdout has `dataset, protocol,
-fold, shots, episodes, seed, variant, miou, fb_iou, per_class`; rerun, a finished evaluation just prints it again.
+folds, fold, shots, episodes, seed, variant, miou, fb_iou, per_class`; rerun, a finished evaluation just prints it.
 Cost: 1,000 episodes of the offline recipe took 36 s on two cores.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from feature_store import FeatureStore, Fingerprint
-from feature_store.storage import open_folder
 from fsdino.config import SegmenterConfig
 from fsdino.data.dataset import open_dataset
 from fsdino.data.episodes import EpisodeSampler
@@ -25,7 +22,7 @@ from pipelines import checkpoints, stores
 from pipelines.checks import Few, Fold, Output, Place
 from pipelines.cli import main
 from pipelines.recipes import Backbone, Benchmark, Device, Places, RecipeName, Testing, model_run, model_title
-from pipelines.runs import identity
+from pipelines.runs import ScoreFile, identity
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,8 @@ def job(settings: Settings) -> dict[str, Any]:
         **scored,
     )
     check_outputs(settings)
-    scores = Scores(f"{folder}/scores", title, same)
-    result = None if settings.panel or settings.masks else scores.read()
+    scores = ScoreFile(f"{folder}/scores", title, same)
+    result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
     if result is None:
         from pipelines import scoring
 
@@ -108,25 +105,24 @@ def job(settings: Settings) -> dict[str, Any]:
             checkpoint=url,
             method=settings.method,
             device=settings.device,
-            title=title,
-            identity=same,
+            scores=scores,
             res_px=settings.backbone.res,
             episodes=testing.episodes,
             tracking_uri=places.tracking_uri,
             panel=settings.panel,
             masks=settings.masks,
         )
-        result = {
+        about = {
             "dataset": dataset.name,
             "protocol": protocol.name,
+            "folds": f"{dataset.num_folds} {dataset.fold_rule}",
             "fold": settings.fold,
             "shots": settings.shots,
             "episodes": testing.episodes,
             "seed": testing.test_seed,
             "variant": title,
-            **scoring.score(planned),
         }
-        scores.write(result)
+        result = scoring.score(planned, about)
     return result
 
 
@@ -165,33 +161,6 @@ def open_query(settings: Settings, url: str, record: dict[str, Any], dataset: st
     early = stores.open_encoded(settings.places, dataset, "early", backbone, backbone.res)
     stores.check_weights(early, late.fingerprint.weights)
     return early
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The file of an evaluation's result."""
-
-    folder: str
-    title: str
-    identity: dict[str, Any]
-
-    @property
-    def file(self) -> str:
-        """Named after what was scored, and a digest of all that decides the result."""
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
-        return f"fold{self.identity['fold']}-{self.title}-{self.identity['shots']}shot-{digest}.json"
-
-    def read(self) -> dict[str, Any] | None:
-        """The result, None if there is none yet."""
-        try:
-            return json.loads(bytes(open_folder(self.folder).read(self.file)))["result"]
-        except FileNotFoundError:
-            return None
-
-    def write(self, result: dict[str, Any]) -> None:
-        """Keep the result."""
-        record = {"identity": self.identity, "result": result}
-        open_folder(self.folder).write(self.file, [json.dumps(record, indent=1).encode()])
 
 
 if __name__ == "__main__":

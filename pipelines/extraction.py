@@ -153,12 +153,11 @@ def run_units(
 
     Raises a task's or an actor's error, and ClusterFault if Ray itself breaks down; finished shards stay.
     """
-    cluster.connect()
     wanted = {
         "CPU": settings.actors * settings.actor_cpus + settings.decode_cpus,
         "GPU": settings.actors * settings.actor_gpus,
     }
-    cluster.check_resources(
+    cluster.connect(
         wanted,
         f"{settings.actors} actors and a decoding task",
         "lower --actors, --actor-cpus, --actor-gpus or --decode-cpus",

@@ -1,5 +1,6 @@
 """A training run's folder: what makes two runs the same run, and whether it is done. Loads neither torch nor Ray."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from feature_store.urls import absolute
 from fsdino import checkpoint
 from fsdino.errors import UserError
 from pipelines import checkpoints
+from pipelines.outbox import Outbox
 
 RUN = "run.json"
 
@@ -37,6 +39,11 @@ class RunFolder:
         """Its published checkpoint."""
         return f"{self.url}/final"
 
+    @property
+    def outbox(self) -> Outbox:
+        """What MLflow does not have yet."""
+        return Outbox(self.url)
+
     def finished(self, tracking_uri: str) -> dict[str, Any] | None:
         """The record of the published checkpoint, None if there is none yet.
 
@@ -45,11 +52,11 @@ class RunFolder:
         begun = self.begun()
         if begun is None or checkpoint.files(self.checkpoint)[1] not in open_folder(self.url).names("final"):
             return None
-        if not begun.get("closed"):  # a kill came between the checkpoint and the end
+        if not begun.get("closed"):  # a kill or a dead server came between the checkpoint and the end
             from pipelines import tracking
 
-            tracking.close(tracking_uri, begun["run_id"])
-            self.write(begun["run_id"], closed=True)
+            if tracking.close(tracking_uri, begun["run_id"], self.outbox):
+                self.write(begun["run_id"], closed=True)
         return checkpoints.read_record(self.final, self.checkpoint)
 
     def begun(self) -> dict[str, Any] | None:
@@ -70,6 +77,42 @@ class RunFolder:
         """Write run.json; `closed` says that MLflow knows of the end."""
         record = {"identity": self.identity, "run_id": run_id, "closed": closed}
         open_folder(self.url).write(RUN, [json.dumps(record, indent=1).encode()])
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """The file of an evaluation's result."""
+
+    folder: str
+    title: str
+    identity: dict[str, Any]
+
+    @property
+    def file(self) -> str:
+        """Named after what was scored, and a digest of all that decides the result."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+        return f"fold{self.identity['fold']}-{self.title}-{self.identity['shots']}shot-{digest}.json"
+
+    @property
+    def outbox(self) -> Outbox:
+        """What MLflow does not have yet."""
+        return Outbox(self.folder, f"unsent-{self.file}")
+
+    def finished(self, tracking_uri: str) -> dict[str, Any] | None:
+        """The result, None if there is none yet."""
+        names = open_folder(self.folder).names("")
+        if self.file not in names:
+            return None
+        if self.outbox.file in names:
+            from pipelines import tracking
+
+            tracking.deliver(tracking_uri, self.outbox)
+        return json.loads(bytes(open_folder(self.folder).read(self.file)))["result"]
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Keep the result."""
+        record = {"identity": self.identity, "result": result}
+        open_folder(self.folder).write(self.file, [json.dumps(record, indent=1, allow_nan=False).encode()])
 
 
 def identity(**parts: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fsdino.segmenter import Prediction, Segmenter
 from pipelines import checkpoints, cluster, panels, tracking
 from pipelines.loading import EpisodeLoader
 from pipelines.recipes import Device
-from pipelines.runs import flat
+from pipelines.runs import ScoreFile, flat
 
 BATCH = 8
 PANEL_ROWS = 6
@@ -47,8 +47,7 @@ class ScoringJob:
     checkpoint: str
     method: str
     device: Device
-    title: str
-    identity: dict[str, Any]
+    scores: ScoreFile
     res_px: int
     episodes: int
     tracking_uri: str
@@ -56,8 +55,9 @@ class ScoringJob:
     masks: str
 
 
-def score(job: ScoringJob) -> dict[str, Any]:
-    """`miou`, `fb_iou` in [0, 1] and `per_class` (class name to IoU), also logged with a picture."""
+def score(job: ScoringJob, about: dict[str, Any]) -> dict[str, Any]:
+    """`about` with `miou`, `fb_iou` in [0, 1] and `per_class` (class name to IoU), written, then logged with a
+    picture."""
     device = cluster.device_of(job.device)
     if job.method == "segmenter":
         segmenter, _ = checkpoints.load_segmenter(job.checkpoint)
@@ -68,20 +68,26 @@ def score(job: ScoringJob) -> dict[str, Any]:
     fold, names = job.sampler.fold, job.dataset.class_names
     if job.masks:
         Path(job.masks).mkdir(parents=True, exist_ok=True)
-    tags = {"dataset": job.dataset.name}
-    with (
-        tracking.running(job.tracking_uri, "evaluate", f"fold{fold}-{job.title}", flat(job.identity), tags) as run,
-        torch.inference_mode(),
-    ):
-        result = score_episodes(method, loader, job, device).result()
+    opened = tracking.running(
+        job.tracking_uri,
+        "evaluate",
+        f"fold{fold}-{job.scores.title}",
+        flat(job.scores.identity),
+        {"dataset": job.dataset.name},
+        outbox=job.scores.outbox,
+    )
+    with opened as run, torch.inference_mode():
+        total = score_episodes(method, loader, job, device).result()
+        per_class = {names[c - 1]: round(iou, 6) for c, iou in total["per_class"].items()}
+        result = {**about, "miou": total["miou"], "fb_iou": total["fb_iou"], "per_class": per_class}
+        job.scores.write(result)  # first of all: what follows may fail
         shown = loader.load([job.sampler.episode(i) for i in range(min(PANEL_ROWS, job.episodes))]).to(device)
         picture = panels.episodes(job.dataset, loader.view_seed, shown.episodes, method(shown))
         run.picture(picture, "panels/test.png")
         if job.panel:
             picture.save(job.panel)
-        per_class = {names[c - 1]: round(iou, 6) for c, iou in result["per_class"].items()}
-        run.log(0, miou=result["miou"], fb_iou=result["fb_iou"], **{f"iou_{n}": v for n, v in per_class.items()})
-    return {"miou": result["miou"], "fb_iou": result["fb_iou"], "per_class": per_class}
+        run.log(0, miou=total["miou"], fb_iou=total["fb_iou"], **{f"iou_{n}": v for n, v in per_class.items()})
+    return result
 
 
 def score_episodes(

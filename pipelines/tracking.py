@@ -1,58 +1,128 @@
 """The only MLflow import: runs, batched metrics, pictures, checkpoints."""
 
+import fcntl
+import io
 import logging
 import os
 import subprocess
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+# A dead server costs seconds, not the minutes of MLflow's own retries: what it missed is sent later.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from fsdino.errors import UserError
+from feature_store.errors import StoreError
+from feature_store.storage import open_folder
+from feature_store.urls import redacted, redacted_text
+from fsdino.errors import Fault, UserError, first_line
+from pipelines.outbox import Outbox, Unsent
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
-PARAM_LIMIT = 100  # MLflow's parameters in one request
+PARAM_LIMIT, METRIC_LIMIT = 100, 1000  # MLflow's in one request
+PAUSE_SECONDS = 30.0
+
+
+def note(text: str) -> None:
+    """A line for the user that is no error."""
+    print(f"note: {redacted_text(text)}", file=sys.stderr, flush=True)
 
 
 class Run:
-    """One MLflow run. Any process may open it by its id; metrics leave in batches."""
+    """One MLflow run. Any process may open it by its id; metrics leave in batches.
 
-    def __init__(self, tracking_uri: str, run_id: str):
-        self.tracking_uri = absolute_uri(tracking_uri)
-        self.run_id = run_id
-        self.client = MlflowClient(self.tracking_uri)
-        self._pending: list[Metric] = []
+    A server that fails or refuses stops nobody's work: what could not be sent is said once, kept in `outbox` at
+    checkpoints and at the end, and sent by whoever opens the run next.
+    """
+
+    def __init__(self, tracking_uri: str, run_id: str, outbox: Outbox | None = None, say: Callable[[str], None] = note):
+        self.tracking_uri, self.run_id, self.outbox, self.say = tracking_uri, run_id, outbox, say
+        self.client = client(tracking_uri)
+        self.unsent = outbox.read(run_id) if outbox else Unsent(run_id)
+        self._said, self._next_try = False, 0.0
 
     def log(self, step: int, **metrics: float) -> None:
         """Keep metrics of a step until `flush`."""
         now = int(time.time() * 1000)
-        self._pending += [Metric(name, float(value), now, step) for name, value in metrics.items()]
-
-    def flush(self) -> None:
-        """Send what is kept; one request instead of one for each value (14-29 ms)."""
-        for start in range(0, len(self._pending), 1000):
-            self.client.log_batch(self.run_id, metrics=self._pending[start : start + 1000])
-        self._pending = []
+        self.unsent.points += [(name, float(value), now, step) for name, value in metrics.items()]
 
     def picture(self, image: Image.Image, name: str) -> None:
-        """Store a picture as an artifact."""
-        self.client.log_image(self.run_id, image, artifact_file=name)
+        """Store a picture as an artifact, with the next flush."""
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        self.unsent.pictures[name] = file.getvalue()
 
-    def folder(self, path: str | Path, name: str) -> None:
-        """Store a folder's files as artifacts under `name`."""
-        self.client.log_artifacts(self.run_id, str(path), name)
+    def folder(self, url: str, name: str) -> None:
+        """Store a published folder's files as artifacts under `name`, with the next flush."""
+        self.unsent.folders[name] = url
 
-    def end(self, ok: bool = True) -> None:
-        """Send the rest and mark the run finished or failed."""
+    def flush(self, at_once: bool = False) -> None:
+        """Send what is kept: metrics in one request instead of one for each value (14-29 ms). After a failure it waits
+        half a minute before it tries again, unless `at_once`."""
+        if not self.unsent or (time.monotonic() < self._next_try and not at_once):
+            return
+        try:
+            self._send()
+        except Exception as error:  # of MLflow, requests, SQLAlchemy, or an artifact store's driver
+            self._next_try = time.monotonic() + PAUSE_SECONDS
+            if not self._said:
+                self._said = True
+                self.say(
+                    f"MLflow at {redacted(self.tracking_uri)} does not take the run's data ({first_line(error)}); the "
+                    "work goes on, and a rerun of the command sends what is missing"
+                )
+
+    def keep(self) -> None:
+        """Send what there is, and put what could not be sent where a rerun finds it."""
         self.flush()
-        self.client.set_terminated(self.run_id, "FINISHED" if ok else "FAILED")
+        if self.outbox and (self.unsent or self._said):
+            self.outbox.write(self.unsent)
+
+    def end(self, ok: bool = True) -> bool:
+        """Send the rest and mark the run finished or failed. Whether all was sent."""
+        if not self.unsent and self.outbox and self.outbox.waiting():  # a worker's
+            self.unsent = self.outbox.read(self.run_id)
+        self.unsent.status = "FINISHED" if ok else "FAILED"
+        self.flush(at_once=True)
+        if self.outbox and (self.unsent or self.outbox.waiting()):
+            self.outbox.write(self.unsent)
+        return not self.unsent
+
+    def _send(self) -> None:
+        unsent = self.unsent
+        while unsent.points:
+            batch = unsent.points[:METRIC_LIMIT]
+            self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
+            del unsent.points[: len(batch)]
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in list(unsent.pictures.items()):
+                path = Path(folder) / Path(name).name
+                path.write_bytes(data)
+                self.client.log_artifact(self.run_id, str(path), str(Path(name).parent))
+                del unsent.pictures[name]
+        for name, url in list(unsent.folders.items()):
+            with tempfile.TemporaryDirectory() as folder:
+                published = open_folder(url)
+                for file in published.names(""):
+                    (Path(folder) / file).write_bytes(published.read(file))
+                self.client.log_artifacts(self.run_id, folder, name)
+            del unsent.folders[name]
+        if unsent.status:
+            self.client.set_terminated(self.run_id, unsent.status)
+            unsent.status = ""
 
 
 @contextmanager
@@ -63,38 +133,102 @@ def running(
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
     run_id: str | None = None,
+    outbox: Outbox | None = None,
 ) -> Iterator[Run]:
     """A new run, or the run `run_id` that was interrupted; at the end of the block it is finished, or failed.
 
-    Raises UserError if the tracking server cannot be reached.
+    Raises Fault if the tracking server does not answer at the beginning, and UserError if it refuses.
     """
-    run = _begin(tracking_uri, experiment, name, params, tags or {}, run_id)
+    run = _begin(tracking_uri, experiment, name, params, tags or {}, run_id, outbox)
     try:
         yield run
     except BaseException:
-        with suppress(Exception):  # what went wrong first is what counts
+        with suppress(StoreError):  # what went wrong first is what counts
             run.end(ok=False)
         raise
     run.end()
 
 
-def close(tracking_uri: str, run_id: str) -> None:
-    """Mark a run finished that a kill left open; a run that this server does not know is left alone."""
-    client = MlflowClient(absolute_uri(tracking_uri))
-    if _knows(client, run_id) and client.get_run(run_id).info.status != "FINISHED":
-        client.set_terminated(run_id, "FINISHED")
+def deliver(tracking_uri: str, outbox: Outbox) -> bool:
+    """Send what an earlier run left in its outbox; a run that this server does not know is left alone. Whether nothing
+    waits any more."""
+    unsent = outbox.read("")
+    if not unsent:
+        return True
+    try:
+        if not _knows(client(tracking_uri), unsent.run_id):
+            return True
+    except (MlflowException, Fault) as error:
+        note(f"MLflow at {redacted(tracking_uri)} still lacks data of a run ({first_line(error)}); rerun to send it")
+        return False
+    unsent.status = unsent.status or "FINISHED"
+    run = Run(tracking_uri, unsent.run_id, outbox)
+    run.unsent = unsent
+    return run.end()
+
+
+def close(tracking_uri: str, run_id: str, outbox: Outbox) -> bool:
+    """Mark a run finished that a kill or a dead server left open, and send what is missing; a run that this server does
+    not know is left alone. Whether all was sent."""
+    if outbox.waiting():
+        return deliver(tracking_uri, outbox)
+    try:
+        known = client(tracking_uri)
+        if _knows(known, run_id) and known.get_run(run_id).info.status != "FINISHED":
+            known.set_terminated(run_id, "FINISHED")
+    except (MlflowException, Fault) as error:
+        note(f"MLflow at {redacted(tracking_uri)} cannot be told that the run ended ({first_line(error)})")
+        return False
+    return True
+
+
+def client(tracking_uri: str) -> MlflowClient:
+    """A client, one for each address of this process. Raises UserError if the address is none.
+
+    Two processes that open a new SQLite file at once would both create its tables, so they take turns.
+    """
+    uri = absolute_uri(tracking_uri)
+    with _clients_lock:
+        if uri not in _clients:
+            try:
+                with _turn(uri):
+                    made = MlflowClient(uri)
+                    if uri.startswith("sqlite:"):
+                        made.search_experiments(max_results=1)
+            except (MlflowException, OSError) as error:
+                raise UserError(
+                    f"--tracking-uri {redacted(tracking_uri)}: cannot be opened: {first_line(error)}"
+                ) from None
+            _clients[uri] = made
+        return _clients[uri]
+
+
+@contextmanager
+def _turn(uri: str) -> Iterator[None]:
+    """The only process that opens a SQLite file just now."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    with open(uri.removeprefix("sqlite:///") + ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+_clients: dict[str, MlflowClient] = {}
+_clients_lock = threading.Lock()
 
 
 def runs(tracking_uri: str, experiment: str) -> list[dict[str, dict]]:
     """Finished runs of an experiment, newest first: `params`, `metrics` (last values) and `tags` of each."""
-    client = MlflowClient(absolute_uri(tracking_uri))
-    known = client.get_experiment_by_name(experiment)
+    server = client(tracking_uri)
+    with _answering(tracking_uri):
+        known = server.get_experiment_by_name(experiment)
     if known is None:
         return []
     listed: list[Any] = []
     token: str | None = ""
     while token is not None:
-        page = client.search_runs([known.experiment_id], "status = 'FINISHED'", max_results=1000, page_token=token)
+        page = server.search_runs([known.experiment_id], "status = 'FINISHED'", max_results=1000, page_token=token)
         listed, token = [*listed, *page], page.token or None
     return [{"params": r.data.params, "metrics": r.data.metrics, "tags": r.data.tags} for r in listed]
 
@@ -134,44 +268,50 @@ def _begin(
     params: Mapping[str, Any],
     tags: Mapping[str, str],
     run_id: str | None,
+    outbox: Outbox | None,
 ) -> Run:
-    uri = absolute_uri(tracking_uri)
+    uri, server = absolute_uri(tracking_uri), client(tracking_uri)
+    with _answering(tracking_uri):
+        if run_id is not None and _knows(server, run_id):
+            server.update_run(run_id, status="RUNNING")
+            return Run(uri, run_id, outbox)
+        experiment_id = _experiment(server, experiment, uri)
+        run_id = server.create_run(experiment_id, run_name=name).info.run_id
+        entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        for at in range(0, len(entries), PARAM_LIMIT):
+            server.log_batch(run_id, params=entries[at : at + PARAM_LIMIT])
+        server.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in {"commit": commit(), **tags}.items()])
+    return Run(uri, run_id, outbox)
+
+
+@contextmanager
+def _answering(tracking_uri: str) -> Iterator[None]:
+    """Failures of the server in one line."""
+    place = f"--tracking-uri {redacted(tracking_uri)}"
     try:
-        client = MlflowClient(uri)
-        if run_id is not None and _knows(client, run_id):
-            client.update_run(run_id, status="RUNNING")
-            return Run(uri, run_id)
-        experiment_id = _experiment(client, experiment, uri)
-        run = client.create_run(experiment_id, run_name=name)
+        yield
     except MlflowException as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"--tracking-uri {tracking_uri}: MLflow does not answer there ({first}); start it or name a file"
-        ) from None
-    run_id = run.info.run_id
-    entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
-    for at in range(0, len(entries), PARAM_LIMIT):
-        client.log_batch(run_id, params=entries[at : at + PARAM_LIMIT])
-    client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in {"commit": commit(), **tags}.items()])
-    return Run(uri, run_id)
+        if error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise UserError(f"{place}: MLflow refuses ({first_line(error)}); check its user and password") from None
+        raise Fault(f"{place}: MLflow does not answer there ({first_line(error)}); start it or name a file") from None
 
 
-def _experiment(client: MlflowClient, name: str, uri: str) -> str:
-    found = client.get_experiment_by_name(name)
+def _experiment(server: MlflowClient, name: str, uri: str) -> str:
+    found = server.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, _artifact_root(uri))
+            return server.create_experiment(name, _artifact_root(uri))
         except MlflowException:  # another command was quicker
-            found = client.get_experiment_by_name(name)
+            found = server.get_experiment_by_name(name)
             if found is None:
                 raise
     return found.experiment_id
 
 
-def _knows(client: MlflowClient, run_id: str) -> bool:
+def _knows(server: MlflowClient, run_id: str) -> bool:
     """Whether the run is on this server: with another database, or a new one, it is logged as a new run."""
     try:
-        client.get_run(run_id)
+        server.get_run(run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False

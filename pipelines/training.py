@@ -1,5 +1,6 @@
 """Ray Train: a training loop on any number of workers, its checkpoints and resuming, the schedule, the run's record."""
 
+import math
 import sys
 import tempfile
 import threading
@@ -13,15 +14,22 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+from ray.exceptions import RayError, RayTaskError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from feature_store import StoreFault
+from feature_store.lock import locked
+from feature_store.storage import open_folder
 from feature_store.urls import absolute, filesystem, local_path
 from fsdino import paper
+from fsdino.errors import Fault
 from pipelines import cluster, tracking
-from pipelines.outcome import EXPECTED, Outcome
+from pipelines.outbox import Outbox
+from pipelines.outcome import EXPECTED, ClusterFault, Outcome
 from pipelines.recipes import Device, Places, Workers
 from pipelines.runs import RunFolder, flat
 
@@ -63,62 +71,88 @@ def train(
 ) -> None:
     """Run `loop(job, worker)` on Ray Train in the run's folder, or resume the run that was interrupted there.
 
-    The loop publishes the run's `final` checkpoint last: then all is done. Raises the loop's own UserError or
-    StoreError, and ClusterFault; a worker that dies, or whose place fails, is replaced three times at most.
+    The loop publishes the run's `final` checkpoint as soon as it is trained. Raises the loop's own UserError, StoreError
+    or Fault, and ClusterFault; a worker that dies, or whose place fails, is replaced three times at most. Raises
+    StoreError if another job trains there.
     """
-    begun = run_folder.begun()
-    cluster.connect()
     resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if device.gpu else {})
-    cluster.check_resources(
+    cluster.connect(
         {kind: each * workers.workers for kind, each in resources.items()},
         f"{workers.workers} workers of {' and '.join(f'{each:g} {kind}' for kind, each in resources.items())}",
         "lower --workers or --worker-cpus" + (", or use --no-gpu" if device.gpu else ""),
     )
-    opened = tracking.running(
-        places.tracking_uri,
-        run_folder.experiment,
-        run_folder.name,
-        flat(run_folder.identity),
-        run_folder.tags,
-        begun["run_id"] if begun else None,
+    with locked(open_folder(run_folder.url)):
+        begun = run_folder.begun()
+        opened = tracking.running(
+            places.tracking_uri,
+            run_folder.experiment,
+            run_folder.name,
+            flat(run_folder.identity),
+            run_folder.tags,
+            begun["run_id"] if begun else None,
+            run_folder.outbox,
+        )
+        with opened as run:
+            run_folder.write(run.run_id)
+            progress = Progress.remote()  # type: ignore[attr-defined]
+            task = Task(
+                loop=loop,
+                job=job,
+                folder=run_folder.url,
+                outbox=run_folder.outbox,
+                tracking_uri=run.tracking_uri,
+                run_id=run.run_id,
+                workers=workers,
+                precision=device.train_precision,
+                progress=progress,
+            )
+            _fit(
+                run_folder,
+                task,
+                ScalingConfig(num_workers=workers.workers, use_gpu=device.gpu, resources_per_worker=resources),
+            )
+        run_folder.write(run.run_id, closed=not run.unsent)
+
+
+def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
+    """Ray Train's part. Raises as `train`."""
+    storage_path, storage_filesystem = _storage(absolute(run_folder.folder))
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"task": task},
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=run_folder.name,
+            storage_path=storage_path,
+            storage_filesystem=storage_filesystem,
+            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
     )
-    with opened as run:
-        run_folder.write(run.run_id)
-        progress = Progress.remote()  # type: ignore[attr-defined]
-        task = Task(
-            loop=loop,
-            job=job,
-            folder=run_folder.url,
-            tracking_uri=run.tracking_uri,
-            run_id=run.run_id,
-            workers=workers,
-            precision=device.train_precision,
-            progress=progress,
-        )
-        storage_path, storage_filesystem = _storage(absolute(run_folder.folder))
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"task": task},
-            scaling_config=ScalingConfig(
-                num_workers=workers.workers, use_gpu=device.gpu, resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                name=run_folder.name,
-                storage_path=storage_path,
-                storage_filesystem=storage_filesystem,
-                failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-            ),
-        )
-        with _shown(progress):
-            try:
-                with cluster.faults():
-                    trainer.fit()
-            except Exception:
-                ray.get(progress.outcome.remote()).get()
-                raise
-            _lasting(ray.get(progress.outcome.remote())).get()
-    run_folder.write(run.run_id, closed=True)
+    progress = task.progress
+    with _shown(progress):
+        try:
+            with cluster.faults():
+                trainer.fit()
+        except ClusterFault:
+            raise
+        except Exception as error:
+            ray.get(progress.outcome.remote()).get()
+            _raise_fault(error)
+            raise
+        _lasting(ray.get(progress.outcome.remote())).get()
+
+
+def _raise_fault(error: Exception) -> None:
+    """Raise ClusterFault if Ray lost its workers (killed, out of memory, a dead node) or its controller; errors of our
+    own code in a worker are none."""
+    if isinstance(error, WorkerGroupError):
+        causes = [getattr(failure, "base_exception", failure) for failure in error.worker_failures.values()]
+        lost = [cause for cause in causes if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)]
+        if lost:
+            raise ClusterFault(lost[0]) from error
+    if isinstance(error, ControllerError):
+        raise ClusterFault(error.controller_failure) from error
 
 
 @dataclass(frozen=True)
@@ -128,6 +162,7 @@ class Task:
     loop: Callable[[Any, Worker], None]
     job: Any
     folder: str
+    outbox: Outbox
     tracking_uri: str
     run_id: str
     workers: Workers
@@ -171,7 +206,7 @@ def _work(config: dict[str, Task]) -> None:
         precision=task.precision,
         checkpoint_every=task.workers.checkpoint_every,
         progress=task.progress,
-        run=tracking.Run(task.tracking_uri, task.run_id) if rank == 0 else None,
+        run=_run(task) if rank == 0 else None,
     )
     try:
         task.loop(task.job, worker)
@@ -182,6 +217,11 @@ def _work(config: dict[str, Task]) -> None:
             raise
 
 
+def _run(task: Task) -> tracking.Run:
+    """MLflow's run, which tells the driver what the user should know."""
+    return tracking.Run(task.tracking_uri, task.run_id, task.outbox, lambda text: task.progress.note.remote(text))
+
+
 @ray.remote(num_cpus=0)
 class Progress:
     """Where a training loop is, and the error that ended it; workers tell it, the driver asks."""
@@ -189,6 +229,7 @@ class Progress:
     def __init__(self):
         self._at: tuple[str, int, int | None] = ("starting workers", 0, None)
         self._outcome: Outcome[None] = Outcome()
+        self._notes: list[str] = []
 
     def tell(self, title: str, done: int, total: int) -> None:
         """Set the title, and the steps done and in all."""
@@ -197,6 +238,15 @@ class Progress:
     def ask(self) -> tuple[str, int, int | None]:
         """What was told last."""
         return self._at
+
+    def note(self, text: str) -> None:
+        """Keep a line for the user."""
+        self._notes.append(text)
+
+    def notes(self) -> list[str]:
+        """Lines for the user that nobody has fetched yet."""
+        fetched, self._notes = self._notes, []
+        return fetched
 
     def end(self, outcome: Outcome[None]) -> None:
         """Keep the error of a worker."""
@@ -220,6 +270,10 @@ def _shown(progress: Any) -> Iterator[None]:
                     bar.reset(total)
                     bar.set_description(title, refresh=False)
                 bar.update(done - bar.n)
+                for text in ray.get(progress.notes.remote()):
+                    bar.write(f"note: {text}", file=sys.stderr)
+        for text in ray.get(progress.notes.remote()):
+            tracking.note(text)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -228,6 +282,27 @@ def _shown(progress: Any) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+
+
+def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+    """Numbers of every rank's share of a batch, averaged; every rank must call it."""
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(stacked)
+        stacked /= torch.distributed.get_world_size()
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+def check_finite(step: int, losses: dict[str, float], model: nn.Module | None = None) -> None:
+    """Raise Fault if a loss, or a weight that is about to be kept, is not a number: nothing later can be trusted."""
+    wrong = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if model is not None:
+        wrong += [f"{name} is not finite" for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if wrong:
+        raise Fault(
+            f"training diverged at step {step} ({wrong[0]}); the last checkpoint before it is kept, nothing is "
+            "published; take a lower learning rate, or fp32, under another --name or --out"
+        )
 
 
 def from_rank_0(compute: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
