@@ -77,6 +77,7 @@ def job(settings: Settings) -> dict[str, Any]:
         seed=testing.test_seed,
         training=False,
     )
+    stores.check_sizes(dataset, "val", sampler.images, late)
     same = identity(
         dataset=dataset.name,
         protocol=protocol.name,

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from feature_store import CacheSettings, FeatureStore, Fingerprint
+from fsdino.data.dataset import Dataset, Split, check_label_sizes
 from fsdino.errors import UserError
 from fsdino.specs import encoder_spec, teacher_spec
 from pipelines.recipes import Backbone, Places
@@ -78,6 +79,12 @@ def without_quarantined(images: Mapping[str, T], stores: Iterable[FeatureStore |
     """Images that have features in every store."""
     bad = {sample_id for store in stores if store is not None for sample_id, _ in store.quarantined}
     return {image_id: classes for image_id, classes in images.items() if image_id not in bad}
+
+
+def check_sizes(dataset: Dataset, split: Split, images: Iterable[str], store: FeatureStore) -> None:
+    """Raise UserError if labels are not of the sizes that their photographs had when they were encoded."""
+    sizes = {row.sample_id: size for row, size in zip(store.samples, store.sizes, strict=True)}
+    check_label_sizes(dataset, split, {image_id: sizes[image_id] for image_id in images if image_id in sizes})
 
 
 def check_weights(store: FeatureStore, digest: str) -> None:

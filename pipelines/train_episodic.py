@@ -93,6 +93,7 @@ def job(settings: Settings) -> dict[str, Any]:
         balance=episodic.balance,
         flip=episodic.flip,
     )
+    stores.check_sizes(dataset, "train", sampler.images, late)
     steps = episodic.steps or max(1, episodic.epochs * len(sampler.images) // episodic.batch)
     shape = SegmenterShape(adapter.in_channels, late.fingerprint.channels, late.fingerprint.grid, adapter.out_channels)
     origin: dict[str, Any] = {

@@ -71,9 +71,9 @@ def train(
 ) -> None:
     """Run `loop(job, worker)` on Ray Train in the run's folder, or resume the run that was interrupted there.
 
-    The loop publishes the run's `final` checkpoint as soon as it is trained. Raises the loop's own UserError, StoreError
-    or Fault, and ClusterFault; a worker that dies, or whose place fails, is replaced three times at most. Raises
-    StoreError if another job trains there.
+    The loop publishes the run's `final` checkpoint as soon as it is trained. Raises the loop's own UserError,
+    StoreError or Fault, ClusterFault, and StoreError if another job trains there; a worker that dies, or whose place
+    fails, is replaced three times at most.
     """
     resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if device.gpu else {})
     cluster.connect(

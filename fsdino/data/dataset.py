@@ -121,7 +121,7 @@ class LabelSummary(NamedTuple):
         return cls((width, height), {int(c): n for c, n in pixels.items()})
 
 
-def check_sizes(dataset: Dataset, split: Split, photographs: Mapping[str, tuple[int, int]]) -> None:
+def check_label_sizes(dataset: Dataset, split: Split, photographs: Mapping[str, tuple[int, int]]) -> None:
     """Raise UserError if labels are not of their photographs' sizes; `photographs` are (width, height) by image id.
 
     A label of another size would be stretched onto its photograph, one that is turned crushed.
