@@ -11,7 +11,7 @@ from feature_store.cache import CacheSettings
 from feature_store.errors import DamagedFile, StoreError, StoreFault
 from feature_store.reader import FeatureStore
 from feature_store.schema import Fingerprint, Row
-from feature_store.writer import ShardWriter, create
+from feature_store.writer import ShardWriter, create, extend
 
 __all__ = [
     "CacheSettings",
@@ -23,4 +23,5 @@ __all__ = [
     "StoreError",
     "StoreFault",
     "create",
+    "extend",
 ]

@@ -23,22 +23,27 @@ from feature_store import tools
 from feature_store.cache import CacheSettings
 from feature_store.errors import StoreError, StoreFault
 from feature_store.reader import FeatureStore
+from feature_store.urls import redacted_text
 
 Url = tyro.conf.Positional[str]
 
 
 def ls(root: Url) -> dict[str, Any]:
-    """List the stores below a path or URL: samples, bytes, what made them, and how far they have come."""
-    stores = []
+    """List the stores below a path or URL: samples, bytes, what made them, and how far they have come.
+
+    Exits with 1 if one of them cannot be described.
+    """
+    stores, failed = [], []
     for url in tools.find(root):
         try:
             stores.append(tools.describe(url))
         except StoreError as error:  # another Zarr array, or a damaged store
             print(error)
+            failed.append(url)
     for s in stores:
         state = "sealed" if s["sealed"] else f"{s['done']} of {s['shards']} shards"
         print(f"{s['url']}  {s['samples']} samples  {s['bytes'] / 1e9:.2f} GB {s['dtype']}  {s['model']}  {state}")
-    return {"stores": stores}
+    return {"stores": stores, "failed": failed}
 
 
 def stats(url: Url) -> dict[str, Any]:
@@ -111,10 +116,11 @@ def main() -> None:
     try:
         result = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
     except StoreError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted_text(str(error))}", file=sys.stderr)
         sys.exit(1 if isinstance(error, StoreFault) else 2)
     print(json.dumps(result))
-    sys.exit(1 if (sys.argv[1] == "verify" and result["damaged"]) or result.get("equal") is False else 0)
+    bad = (sys.argv[1] == "verify" and result["damaged"]) or result.get("equal") is False or result.get("failed")
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from feature_store import layout
@@ -25,6 +25,8 @@ class Marker:
     checksum: list[int]
     quarantine: dict[int, str]
     """Position in the shard to the reason why the image could not be used; its features are NaN (int8: zero)."""
+    stamp: list[str] = field(default_factory=list)
+    """What tells of each source whether it has changed since: bytes, and modification time or ETag. May be absent."""
 
 
 def plan_bytes(rows: Sequence[Row]) -> bytes:
@@ -33,12 +35,14 @@ def plan_bytes(rows: Sequence[Row]) -> bytes:
 
 
 def manifest_bytes(rows: Sequence[Row], markers: Sequence[Marker]) -> bytes:
-    """The manifest: the plan, and for each row size, crc32c and reason of quarantine (null: none), from the markers."""
+    """The manifest: the plan, and from the markers each row's size, crc32c, stamp and quarantine (null: none)."""
     import pyarrow as pa
 
     table = _plan_table(rows)
     for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("checksum", pa.uint32())):
         table = table.append_column(name, pa.array([v for m in markers for v in getattr(m, name)], kind))
+    stamps = [stamp for m in markers for stamp in (m.stamp or [""] * len(m.width))]
+    table = table.append_column("stamp", pa.array(stamps, pa.string()))
     reasons = [m.quarantine.get(slot) for m in markers for slot in range(len(m.width))]
     return _parquet(table.append_column("quarantine", pa.array(reasons, pa.string())))
 
@@ -65,6 +69,7 @@ def marker_bytes(shard: int, marker: Marker) -> bytes:
         "height": marker.height,
         "checksum": marker.checksum,
         "quarantine": {str(slot): reason for slot, reason in marker.quarantine.items()},
+        "stamp": marker.stamp,
     }
     return _json(record | {"crc32c": layout.crc32c(_json(record))})
 
@@ -79,7 +84,7 @@ def read_marker(data: Bytes, shard: int) -> Marker | None:
         if record["shard"] != shard:
             return None
         quarantine = {int(slot): reason for slot, reason in record["quarantine"].items()}
-        return Marker(record["width"], record["height"], record["checksum"], quarantine)
+        return Marker(record["width"], record["height"], record["checksum"], quarantine, record.get("stamp", []))
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
 

@@ -45,6 +45,7 @@ class FeatureStore:
         self.fingerprint = self._expected(array)
         self.samples = manifest.rows_of(table)
         self.sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+        self.stamps: list[str] = table["stamp"].to_pylist() if "stamp" in table.column_names else [""] * len(table)
         self.checksums: list[int] = table["checksum"].to_pylist()
         reasons = zip(self.samples, table["quarantine"].to_pylist(), strict=True)
         self.quarantined: dict[tuple[str, int], str] = {
@@ -178,6 +179,7 @@ class FeatureStore:
             try:
                 self._expected(read_array(self.url, self.folder.read(layout.ARRAY)))
             except FileNotFoundError:
+                self.folder.names("")  # a bucket that does not exist has an error of its own
                 raise StoreError(f"{self.url}: expected a feature store, found none; extract it first") from None
             raise StoreError(f"{self.url}: the store is not sealed; rerun its extraction to finish it") from None
         array, table = read_array(self.url, contents[layout.ARRAY]), manifest.read_table(contents[layout.MANIFEST])

@@ -20,9 +20,10 @@ from feature_store.urls import absolute
 IO_THREADS = 16
 
 
-def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWriter":
+def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row], grown: bool = False) -> "ShardWriter":
     """Create the store, or open the one that an earlier run left there if it is the same build.
 
+    `grown`: one that shares most of its rows will do as well; its own rows are the writer's, and `extend` adds to them.
     Raises StoreError if a store of another fingerprint or of other rows is in the way, or the URL is of no known kind.
     """
     url = absolute(url)
@@ -39,26 +40,57 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row]) -> "ShardWri
             raise StoreError(
                 f"{url}: holds a store with another fingerprint ({'; '.join(differing)}); choose another --store"
             )
+    planned = list(rows)
     if layout.PLAN in there:
         planned = _read_plan(url, folder.read(layout.PLAN))
-        if build_id(fingerprint, rows) != build_id(
-            fingerprint, planned
-        ):  # sources may differ: the data lie elsewhere now
+        # Sources may differ: the data lie elsewhere now.
+        same = build_id(fingerprint, rows) == build_id(fingerprint, planned)
+        if not same and not (grown and _akin(planned, rows)):
             raise StoreError(
                 f"{url}: holds a store of other images (expected {len(rows)} rows, got {len(planned)}, "
                 "or in another order); choose another --store"
             )
     else:
         folder.write(layout.PLAN, [manifest.plan_bytes(rows)])
-    array = _array_bytes(fingerprint, len(rows))
+    array = _array_bytes(fingerprint, len(planned))
     if layout.ARRAY not in there:  # after the plan: its presence means "created"
         folder.write(layout.ARRAY, [array])
-    elif _without_versions(folder.read(layout.ARRAY)) != _without_versions(array):
-        raise DamagedFile(url, layout.ARRAY)
+    elif (kept := _without_versions(folder.read(layout.ARRAY))) != _without_versions(array):
+        if kept | {"shape": None} != _without_versions(array) | {"shape": None}:
+            raise DamagedFile(url, layout.ARRAY)
+        folder.write(layout.ARRAY, [array])  # an extension was killed between plan and array
     writer = ShardWriter(url)
-    if writer.build_id != build_id(fingerprint, rows):
+    if writer.build_id != build_id(fingerprint, planned):
         raise StoreError(f"{url}: another job created a different store there just now; rerun the command")
     return writer
+
+
+def extend(writer: "ShardWriter", rows: Sequence[Row]) -> "ShardWriter":
+    """The store with the rows that it lacks behind its own; its full shards stay done, and only its last one, if it was
+    part full, becomes missing. The caller holds the store's lock; killed, it may be called again."""
+    absent = writer.lacks(rows)
+    if not absent:
+        return writer
+    grown = [*writer.rows, *absent]
+    build, folder = build_id(writer.fingerprint, grown), writer.folder
+    missing = set(writer.missing())
+    full = [shard for shard in range(len(writer.rows) // layout.ROWS_PER_SHARD) if shard not in missing]
+    writer.unseal()
+
+    def keep(shard: int) -> None:
+        folder.write(layout.marker_key(shard, build), [folder.read(layout.marker_key(shard, writer.build_id))])
+
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        list(pool.map(keep, full))
+    folder.write(layout.PLAN, [manifest.plan_bytes(grown)])
+    folder.write(layout.ARRAY, [_array_bytes(writer.fingerprint, len(grown))])
+    return ShardWriter(writer.url)
+
+
+def _akin(planned: Sequence[Row], rows: Sequence[Row]) -> bool:
+    """Whether two lists of rows are the same set as it grew or shrank, rather than two sets."""
+    one, other = ({(text(row.sample_id), row.view) for row in of} for of in (planned, rows))
+    return 2 * len(one & other) >= min(len(one), len(other))
 
 
 class ShardWriter:
@@ -84,6 +116,11 @@ class ShardWriter:
     def nbytes(self) -> int:
         """Bytes of the array."""
         return int(np.prod(self.shape)) * np.dtype(self.fingerprint.dtype).itemsize
+
+    def lacks(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of the rows that are not in the store's plan."""
+        planned = {row[:2] for row in self.rows}
+        return [row for row in rows if (text(row.sample_id), row.view) not in planned]
 
     def missing(self) -> list[int]:
         """Shards without a marker of this build: the work that is left."""
@@ -112,11 +149,13 @@ class ShardWriter:
         features: np.ndarray,
         sizes: Sequence[tuple[int, int]],
         quarantine: Mapping[int, str] | None = None,
+        stamps: Sequence[str] = (),
     ) -> int:
         """Write a whole shard, features of shape (rows, grid, grid, channels), then its marker. Returns the bytes.
 
         `sizes` are the original images' (width, height). `quarantine` maps the position of an image that could not be
-        used to the reason; whatever `features` hold for it, NaN is stored (int8: zeros). Writing a shard again gives
+        used to the reason; whatever `features` hold for it, NaN is stored (int8: zeros). `stamps` tell whether a source
+        has changed since. Writing a shard again gives
         the same bytes. Raises StoreError if the shape is wrong or a value is not finite in the stored dtype.
         """
         quarantine = {slot: text(reason) for slot, reason in (quarantine or {}).items()}
@@ -132,6 +171,7 @@ class ShardWriter:
             height=[int(h) for _, h in sizes],
             checksum=[layout.crc32c(sample) for sample in samples],
             quarantine=quarantine,
+            stamp=list(stamps),
         )
         self.folder.write(layout.marker_key(shard, self.build_id), [manifest.marker_bytes(shard, marker)])
         return stored.nbytes

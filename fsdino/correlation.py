@@ -61,23 +61,32 @@ class CorrelationPrior(nn.Module):
             if small and conv is self.head[-1]:
                 nn.init.normal_(conv.weight, std=0.1 / math.sqrt(9 * mid))
 
-    def kernel(self, late: Float[Tensor, "b c g g"], weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b k c"]:
+    def kernel(
+        self,
+        late: Float[Tensor, "b c g g"],
+        weights: Float[Tensor, "b g g"],
+        rest: Float[Tensor, "b g g"] | None = None,
+    ) -> Float[Tensor, "b k c"]:
         """`W F_s` of one support image each; the mean over shots is the kernel of the shots together."""
         late, weights = _to_grid(late, self.grid), _to_grid(weights[:, None], self.grid)[:, 0]
-        scale = (self.position_weights(weights) * _inverse_norm(late)).flatten(1)
+        rest = rest if rest is None else _to_grid(rest[:, None], self.grid)[:, 0]
+        scale = (self.position_weights(weights, rest) * _inverse_norm(late)).flatten(1)
         weight = self.support_reduce.weight[:, :, 0, 0] * scale[:, None]  # smaller than the features it scales
         return torch.einsum("bkp,bcp->bkc", weight, late.flatten(2))
 
-    def position_weights(self, weights: Float[Tensor, "b g g"]) -> Float[Tensor, "b g g"]:
+    def position_weights(
+        self, weights: Float[Tensor, "b g g"], rest: Float[Tensor, "b g g"] | None = None
+    ) -> Float[Tensor, "b g g"]:
         """How much each support position counts: as the mask says (Eq. 3), or, as shares, with a total of g^2 / 4
-        whatever the object's size. With `contrast`, less the same of the background."""
+        whatever the object's size. With `contrast`, less the same of the background: `rest`, or all but the mask."""
 
         def scaled(x: Tensor) -> Tensor:
             if self.support_weights == "mask":
                 return x
             return x / x.sum((-2, -1), keepdim=True).clamp_min(EPS)
 
-        counted = scaled(weights) - scaled(1 - weights) if self.contrast else scaled(weights)
+        rest = 1 - weights if rest is None else rest
+        counted = scaled(weights) - scaled(rest) if self.contrast else scaled(weights)
         return counted if self.support_weights == "mask" else counted * self.grid**2 / 4
 
     def forward(

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fsdino import paper
 from fsdino.data.masks import read_mask
 from fsdino.encoder import Encoder, Features, encoder_of_checkpoint, to_input
 from fsdino.errors import UserError
@@ -33,7 +34,7 @@ from fsdino.state import state_digest
 Photograph = Image.Image | Source
 """A photograph that is open already, or its path or URL."""
 Mask = np.ndarray | Source
-"""A mask (h, w) whose non-zero pixels are the object, or its path or URL."""
+"""A mask (h, w) of 0 and one more value, the object's, or its path or URL (see `read_mask`)."""
 
 
 class Segmentation(NamedTuple):
@@ -108,8 +109,9 @@ class Predictor:
     def register(self, images: Sequence[Photograph], masks: Sequence[Mask], name: str = "") -> ClassEncoding:
         """Encode a class from photographs and their masks, each of its photograph's size.
 
-        Raises UserError if there are none, or not as many of one as of the other, or if a mask is empty or of another
-        size.
+        A mask's 255 is void if it has pixels of 1 as well: neither the class nor its background. Raises UserError if
+        there are none, or not as many of one as of the other, or if a mask is empty, covers its whole photograph, is of
+        another size, or can be read in two ways.
         """
         if not images or len(images) != len(masks):
             raise UserError(
@@ -117,11 +119,13 @@ class Predictor:
             )
         opened = [_opened(image) for image in images]
         late = torch.cat([self._features([image]).late for image in opened])
-        on_grid = [
-            mask_to_grid(torch.from_numpy(_checked(mask, image)).float()[None], late.shape[-1])
-            for mask, image in zip(masks, opened, strict=True)
-        ]
-        support = self.segmenter.encode_support(late[None], torch.cat(on_grid)[None].to(self.device))
+        checked = [torch.from_numpy(_checked(mask, image)) for mask, image in zip(masks, opened, strict=True)]
+
+        def shares(value: int) -> Tensor:
+            on_grid = [mask_to_grid((mask == value).float()[None], late.shape[-1]) for mask in checked]
+            return torch.cat(on_grid)[None].to(self.device)
+
+        support = self.segmenter.encode_support(late[None], shares(1), shares(paper.VOID))
         return ClassEncoding(name, len(opened), support, self.digest)
 
     def set_image(self, image: Photograph) -> None:
@@ -202,12 +206,16 @@ def _opened(image: Photograph) -> Image.Image:
 
 
 def _checked(mask: Mask, image: Image.Image) -> np.ndarray:
-    """The mask as 0 and 1, of its photograph's size."""
+    """The mask as 1 on the object, 255 where it is void and 0 elsewhere, of its photograph's size."""
     if not isinstance(mask, np.ndarray):
         return read_mask(mask, image.size)
-    if mask.shape != image.size[::-1] or not mask.any():
-        raise UserError(
-            f"expected a mask (height, width) of {image.size[::-1]} with at least one pixel set, got {mask.shape} with "
-            f"{np.count_nonzero(mask)}"
-        )
-    return (mask != 0).astype(np.uint8)
+    if mask.shape != image.size[::-1]:
+        raise UserError(f"expected a mask (height, width) of {image.size[::-1]}, got {mask.shape}")
+    values = set(np.unique(mask).tolist())
+    void = mask == paper.VOID if {1, paper.VOID} <= values <= {0, 1, paper.VOID} else np.zeros(mask.shape, bool)
+    if len(values - {0}) > 1 and not void.any():
+        raise UserError(f"expected a mask of 0, one value and 255 for void, got {sorted(values)[:8]}")
+    inside = (mask != 0) & ~void
+    if not inside.any() or inside.all():
+        raise UserError(f"expected a mask of an object and its background, got one with {inside.mean():.0%} object")
+    return np.where(void, paper.VOID, inside).astype(np.uint8)

@@ -26,10 +26,18 @@ def prototype_similarity(prototype: Float[Tensor, "b c"], query: Float[Tensor, "
     return (F.normalize(query, dim=1) * F.normalize(prototype, dim=1)[..., None, None]).sum(1, keepdim=True)
 
 
-def contrast_prototype(features: Float[Tensor, "b c h w"], weights: Float[Tensor, "b h w"]) -> Float[Tensor, "b c"]:
+def contrast_prototype(
+    features: Float[Tensor, "b c h w"], weights: Float[Tensor, "b h w"], rest: Float[Tensor, "b h w"] | None = None
+) -> Float[Tensor, "b c"]:
     """Direction from the background's prototype to the foreground's, both of unit length: a query position has a
-    positive cosine with it exactly if it resembles the object more than the object's surroundings."""
-    foreground, background = masked_mean(features, weights), masked_mean(features, 1 - weights)
+    positive cosine with it exactly if it resembles the object more than the object's surroundings.
+
+    `rest` is the share of each position that is background; all that is not foreground by default.
+    """
+    foreground, background = (
+        masked_mean(features, weights),
+        masked_mean(features, 1 - weights if rest is None else rest),
+    )
     return F.normalize(foreground, dim=1) - F.normalize(background, dim=1)
 
 

@@ -74,28 +74,40 @@ class Segmenter(nn.Module):
         """The stand-in for SAM's image embedding; training reads it baked from the feature store."""
         return self.adapter(early)
 
-    def encode_support(self, late: Float[Tensor, "b k c g g"], masks: Float[Tensor, "b k h w"]) -> SupportEncoding:
-        """Encode K shots of B classes. `masks` are 0/1 at any size; each needs at least one set pixel.
+    def encode_support(
+        self,
+        late: Float[Tensor, "b k c g g"],
+        masks: Float[Tensor, "b k h w"],
+        void: Float[Tensor, "b k h w"] | None = None,
+    ) -> SupportEncoding:
+        """Encode K shots of B classes. `masks` are 0/1 at any size; each needs at least one set pixel. `void`, of the
+        same size, is 1 on pixels that are neither the class nor its background.
 
         Every part is the mean over shots of single-shot encodings, so K copies of one support equal one.
         """
         batch, shots = late.shape[:2]
         flat = late.flatten(0, 1)
-        weights = mask_to_grid(masks.flatten(0, 1).to(flat.dtype), late.shape[-1])
+
+        def on_grid(mask: Tensor) -> Tensor:
+            return mask_to_grid(mask.flatten(0, 1).to(flat.dtype), late.shape[-1])
 
         def mean_over_shots(x: Tensor) -> Tensor:
             return x.unflatten(0, (batch, shots)).mean(1)
 
-        prototype = contrast_prototype if self.config.contrast else masked_mean
+        weights = on_grid(masks)
+        rest = None if void is None else (1 - weights - on_grid(void)).clamp_min(0)
+        if self.config.contrast:
+            prototype = contrast_prototype(flat, weights, rest)
+        else:
+            prototype = masked_mean(flat, weights)
         if self.prompt is None:
             prompt = flat.new_zeros(batch, 0, self.shape.embedding_channels)
         else:
             prompt = mean_over_shots(self.prompt(flat, weights))
-        return SupportEncoding(
-            prototype=mean_over_shots(prototype(flat, weights)),
-            prompt=prompt,
-            kernel=None if self.correlation is None else mean_over_shots(self.correlation.kernel(flat, weights)),
-        )
+        kernel = None
+        if self.correlation is not None:
+            kernel = mean_over_shots(self.correlation.kernel(flat, weights, rest))
+        return SupportEncoding(mean_over_shots(prototype), prompt, kernel)
 
     def segment(
         self, late: Float[Tensor, "b c g g"], embedding: Float[Tensor, "b e g g"], support: SupportEncoding

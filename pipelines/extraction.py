@@ -16,18 +16,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from feature_store import Fingerprint, Row, ShardWriter, create
+from feature_store import Fingerprint, Row, ShardWriter, create, extend
 from feature_store.layout import num_shards, shard_rows
 from feature_store.lock import locked
+from feature_store.schema import text
+from feature_store.urls import redacted, redacted_text
 from fsdino.data.dataset import Dataset, Split, open_dataset
-from fsdino.data.photographs import list_photographs, set_name
+from fsdino.data.photographs import list_photographs, same_file, set_name
 from fsdino.errors import UserError
 from pipelines import cluster, stores
 from pipelines.networks import NetworkPlan
+from pipelines.outbox import Outbox
 from pipelines.recipes import Extraction, Places
 from pipelines.stages import Extract, Item, Read, Unit, Written
 
 IMAGES_PER_ITEM = 32
+NOTES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,9 @@ def plan_rows(dataset: Dataset, splits: Sequence[Split], num_views: int) -> list
     return list(rows.values())
 
 
-def plan_items(targets: Sequence[Target], missing: Mapping[str, Sequence[int]]) -> list[Item]:
+def plan_items(
+    targets: Sequence[Target], missing: Mapping[str, Sequence[int]], stamps: Mapping[tuple[str, int], str]
+) -> list[Item]:
     """The missing shards of each store, as units, grouped by the images they need.
 
     32 images make a group, and a unit belongs to the group of its first row. So each image is decoded once for all its
@@ -78,7 +84,8 @@ def plan_items(targets: Sequence[Target], missing: Mapping[str, Sequence[int]]) 
     for (shard, res_px, rows), together in merged.items():
         urls, features = tuple(t.url for t in together), tuple(t.fingerprint.feature for t in together)
         group = order[rows[0].source] // IMAGES_PER_ITEM
-        items.setdefault(group, []).append(Unit(shard, res_px, rows, urls, features))
+        stamped = tuple(stamps.get(row[:2], "") for row in rows)
+        items.setdefault(group, []).append(Unit(shard, res_px, rows, urls, features, stamped))
     return [Item(tuple(items[group])) for group in sorted(items)]
 
 
@@ -87,31 +94,51 @@ def extract(
 ) -> dict[str, Any]:
     """Fill the stores and seal them.
 
-    Prints the plan, shows progress, does only the shards that some store lacks. Images that cannot be read are
-    quarantined up to `settings.max_bad_share` of them; while a store is unfinished, one that was repaired since is read
-    again. Returns counts for the summary; a run that computed anything is also in MLflow's experiment `extract`.
+    Prints the plan, shows progress, does only the shards that some store lacks. Images that a store does not know yet
+    are added behind its others; those that have changed since are named, and computed again with `settings.refresh`.
+    Images that cannot be read are quarantined up to `settings.max_bad_share` of them; while a store is unfinished, one
+    that was repaired since is read again. Returns counts for the summary; a run that computed anything is also in
+    MLflow's experiment `extract`.
 
     Raises UserError if more images cannot be read, StoreError if another store or another job is in the way, and
     ClusterFault.
     """
     started = time.perf_counter()
-    writers = {target.url: create(target.url, target.fingerprint, target.rows) for target in targets}
+    writers = {target.url: create(target.url, target.fingerprint, target.rows, grown=True) for target in targets}
+    wanted = list({row[:2]: row for target in targets for row in target.rows}.values())
+    stamps = {row[:2]: stamp for row, stamp in zip(wanted, read.stamps(wanted), strict=True)}
     bad: dict[str, str] = {}
     samples = {(target.fingerprint.res_px, row[:2]) for target in targets for row in target.rows}
     done: dict[str, Any] = {"stores": list(writers), "samples": len(samples)}
-    if all(writer.sealed() and not writer.missing() for writer in writers.values()):
+    changed: dict[str, int] = {}
+    for target in targets:
+        changed |= changed_rows(writers[target.url], current_rows(writers[target.url], target.rows), stamps)
+    finished = all(writers[t.url].sealed() and not writers[t.url].missing() for t in targets)
+    if finished and not any(writers[t.url].lacks(t.rows) for t in targets) and not (changed and settings.refresh):
         for writer in writers.values():
             bad |= {writer.rows[row].sample_id: reason for row, reason in writer.seal().items()}
+            deliver(writer, tracking_uri)
         print(f"nothing to do: {', '.join(writers)}", file=sys.stderr)
-        return {**done, "computed": 0, "bytes": 0, "quarantined": len(bad), "seconds": 0.0}
+        tell_changed(changed)
+        return {**done, "computed": 0, "bytes": 0, "quarantined": len(bad), "changed": len(changed), "seconds": 0.0}
     with ExitStack() as stack:
         locks = [stack.enter_context(locked(writers[url].folder)) for url in sorted(writers)]
         # Once more, as another job may have been there until the locks were ours.
-        writers = {target.url: create(target.url, target.fingerprint, target.rows) for target in targets}
+        opened = {target.url: create(target.url, target.fingerprint, target.rows, grown=True) for target in targets}
+        writers = {target.url: extend(opened[target.url], target.rows) for target in targets}
+        targets = [Target(t.url, t.fingerprint, current_rows(writers[t.url], t.rows)) for t in targets]
+        changed = {}
         for target in targets:
-            bad |= known_bad(writers[target.url], target.rows, read)
+            writer = writers[target.url]
+            bad |= known_bad(writer, target.rows, read)
+            since = changed_rows(writer, target.rows, stamps)
+            changed |= since
+            for shard in sorted(set(since.values())) if settings.refresh else ():
+                writer.invalidate(shard)
+        if not settings.refresh:
+            tell_changed(changed)
         missing = {url: writer.missing() for url, writer in writers.items()}
-        items = plan_items(targets, missing)
+        items = plan_items(targets, missing, stamps)
         computed = sum(len(unit.rows) for item in items for unit in item.units)
         show_plan(writers, missing, items)
         images = len({row.source for target in targets for row in target.rows})
@@ -122,15 +149,18 @@ def extract(
         tags = stores.fingerprint_tags(target.fingerprint for target in targets)
         from pipelines import tracking
 
-        with tracking.running(tracking_uri, "extract", name, asdict(settings) | {"samples": len(samples)}, tags) as run:
+        params = asdict(settings) | {"samples": len(samples)}
+        outbox = Outbox(targets[0].url)
+        with tracking.running(tracking_uri, "extract", name, params, tags, outbox=outbox) as run:
             check_bad(bad, images, settings)
             builds = {url: writer.build_id for url, writer in writers.items()}
-            written = 0
+            written, notes = 0, []
             with closing(Progress(computed, settings)) as progress:
                 for unit in run_units(network, read, builds, items, settings) if items else ():
                     progress.add(unit.images)
                     written += unit.bytes
                     bad |= unit.bad
+                    notes += unit.notes
                     check_bad(bad, images, settings)
                     for lock in locks:
                         lock.check()
@@ -143,7 +173,55 @@ def extract(
             run.log(0, computed=computed, bytes=written, quarantined=len(bad), seconds=seconds)
     for sample_id, reason in sorted(bad.items()):
         print(f"quarantined {sample_id!r}: {reason}", file=sys.stderr)
-    return {**done, "computed": computed, "bytes": written, "quarantined": len(bad), "seconds": seconds}
+    for said in notes[:NOTES_SHOWN]:
+        print(f"note: {redacted_text(said)}", file=sys.stderr)
+    if len(notes) > NOTES_SHOWN:
+        print(f"note: so it is with {len(notes) - NOTES_SHOWN} further images", file=sys.stderr)
+    counts = {"computed": computed, "bytes": written, "quarantined": len(bad)}
+    return {**done, **counts, "changed": 0 if settings.refresh else len(changed), "seconds": seconds}
+
+
+def current_rows(writer: ShardWriter, rows: Sequence[Row]) -> list[Row]:
+    """The store's rows, with the sources that this job knows: the data may have moved since the plan was written."""
+    known = {(text(row.sample_id), row.view): row for row in rows}
+    return [known.get(row[:2], row) for row in writer.rows]
+
+
+def changed_rows(writer: ShardWriter, rows: Sequence[Row], stamps: Mapping[tuple[str, int], str]) -> dict[str, int]:
+    """Images that have changed since their shard was written, and the shard. `rows` are the store's."""
+    done = sorted(set(range(num_shards(len(rows)))) - set(writer.missing()))
+    changed = {}
+    for shard, marker in writer.markers(done).items():
+        inside = shard_rows(shard, len(rows))
+        for row, planned, stamp in zip(
+            rows[inside.start : inside.stop],
+            writer.rows[inside.start : inside.stop],
+            marker.stamp if marker else (),
+            strict=False,  # a store of an earlier release has no stamps
+        ):
+            moved = text(redacted(row.source)) != planned.source
+            if not same_file(stamp, stamps.get(row[:2], ""), moved):
+                changed[row.sample_id] = shard
+    return changed
+
+
+def tell_changed(changed: Mapping[str, int]) -> None:
+    """Name images that have changed."""
+    if changed:
+        print(
+            f"note: {len(changed)} images have changed since they were extracted (the first: {next(iter(changed))}); "
+            "--refresh computes them again",
+            file=sys.stderr,
+        )
+
+
+def deliver(writer: ShardWriter, tracking_uri: str) -> None:
+    """Send MLflow what an earlier run of this store could not."""
+    outbox = Outbox(writer.url)
+    if outbox.waiting():
+        from pipelines import tracking
+
+        tracking.deliver(tracking_uri, outbox)
 
 
 def run_units(

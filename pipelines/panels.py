@@ -31,7 +31,7 @@ def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
     values = mask.astype(np.float32) - 0.5 if mask.dtype != np.float32 else mask
     resampling = Image.Resampling.BILINEAR if mask.dtype == np.float32 else Image.Resampling.BOX
     inside = np.asarray(Image.fromarray(values).resize((CELL_PX, CELL_PX), resampling)) > 0
-    pixels = np.asarray(_cell(image), np.float32)
+    pixels = np.asarray(cell(image), np.float32)
     tinted = np.where(inside[..., None], (1 - TINT) * pixels + TINT * MASK_COLOUR, pixels)
     tinted[_outline(inside)] = MASK_COLOUR
     return Image.fromarray(tinted.astype(np.uint8))
@@ -46,7 +46,8 @@ def _outline(inside: np.ndarray) -> np.ndarray:
     return inside & ~core
 
 
-def _cell(image: Image.Image) -> Image.Image:
+def cell(image: Image.Image) -> Image.Image:
+    """The image at a cell's size."""
     return image.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
@@ -58,7 +59,7 @@ def heat(probability: np.ndarray) -> Image.Image:
 
 def marked(image: Image.Image, x: float, y: float) -> Image.Image:
     """The image with a cross at a point, given as shares of width and height."""
-    square = _cell(image)
+    square = cell(image)
     draw, at, reach = ImageDraw.Draw(square), (x * CELL_PX, y * CELL_PX), 8
     draw.line([at[0] - reach, at[1], at[0] + reach, at[1]], fill="red", width=3)
     draw.line([at[0], at[1] - reach, at[0], at[1] + reach], fill="red", width=3)
@@ -91,7 +92,7 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image.Image | None]]) 
     for y, row in enumerate(rows):
         for x, cell in enumerate(row):
             if cell is not None:
-                canvas.paste(_cell(cell), (x * step + GAP_PX, y * step + GAP_PX + CAPTION_PX))
+                canvas.paste(cell(cell), (x * step + GAP_PX, y * step + GAP_PX + CAPTION_PX))
     return canvas
 
 

@@ -3,20 +3,20 @@
     python -m pipelines.predict --checkpoint CHECKPOINT \\
         --support cat1.jpg --mask cat1.png --query a.jpg b.jpg --out masks
 
-One to five supports, each with a mask (non-zero is the object). Masks are 0 and 255; `panel.png` shows them all.
+One to five supports, each with a mask (the brighter of two values is the object). Masks are 0 and 255; `panel.png` shows them all.
 Runs on this machine alone, without stores; fsdino.Predictor does the same in Python.
 """
 
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fsdino.data.masks import read_mask
 from fsdino.errors import UserError
 from fsdino.preprocess import read_image
 from pipelines import checkpoints
-from pipelines.checks import Output, Place, Weights
+from pipelines.checks import Output, Place, Range, Weights
 from pipelines.cli import main
 
 PANEL = "panel.png"
@@ -34,6 +34,8 @@ class Settings:
     """Their masks, in the same order."""
     query: tuple[str, ...]
     """Photographs to segment."""
+    mask_value: Annotated[int, Range(0, 255)] | None = None
+    """The object's value in masks of several classes; their 255 is then neither object nor background."""
     out: Output = "outputs/masks"
     """Folder on this machine for the masks."""
     encoder_weights: Weights | None = None
@@ -41,7 +43,10 @@ class Settings:
 
 
 def job(settings: Settings) -> dict[str, Any]:
-    """Read everything first, so that a bad file costs no computing; then register, segment, write."""
+    """Check supports, masks and checkpoint, register, then segment one photograph after another.
+
+    A photograph that cannot be read costs no other its mask; it is named at the end.
+    """
     for flag, given in (("--support", settings.support), ("--query", settings.query)):
         if not given:
             raise UserError(f"{flag}: expected at least one photograph, got none")
@@ -49,9 +54,8 @@ def job(settings: Settings) -> dict[str, Any]:
         raise UserError(
             f"--mask: expected one mask for each of the {len(settings.support)} supports, got {len(settings.mask)}"
         )
-    supports = [read_image(path) for path in settings.support]
-    masks = [read_mask(path, image.size) for path, image in zip(settings.mask, supports, strict=True)]
-    queries = [read_image(path) for path in settings.query]
+    sizes = [read_image(path).size for path in settings.support]
+    masks = [read_mask(path, size, settings.mask_value) for path, size in zip(settings.mask, sizes, strict=True)]
     targets = mask_paths(settings.query, Path(settings.out), (*settings.support, *settings.mask, *settings.query))
     checkpoints.read_record(settings.checkpoint, "segmenter")
 
@@ -61,20 +65,29 @@ def job(settings: Settings) -> dict[str, Any]:
     from pipelines import panels
 
     predictor = checkpoints.load_predictor(settings.checkpoint, settings.encoder_weights)
-    encoding = predictor.register(supports, masks)
+    encoding = predictor.register(settings.support, masks)
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    results, rows = [], []
-    for path, image, target in zip(settings.query, queries, targets, strict=True):
+    shown_support = panels.overlay(read_image(settings.support[0]), masks[0] == 1)
+    results, rows, unread = [], [], []
+    for path, target in zip(settings.query, targets, strict=True):
+        try:
+            image = read_image(path)
+        except UserError as error:
+            unread.append(str(error))
+            continue
         predictor.set_image(image)
         ((logits, prior),) = predictor.logits([encoding])
         mask = logits[0].numpy() > 0
         Image.fromarray(mask.astype(np.uint8) * 255).save(target)
         results.append({"query": path, "mask": str(target), "foreground": round(float(mask.mean()), 4)})
         shown = None if prior is None else panels.heat(prior[0].sigmoid().numpy())
-        rows.append([panels.overlay(supports[0], masks[0]), image, shown, panels.overlay(image, mask)])
+        rows.append([shown_support, panels.cell(image), shown, panels.overlay(image, mask)])
     picture = Path(settings.out) / PANEL
-    panels.panel(("support", "query", "prior", "prediction"), rows).save(picture)
-    return {"masks": results, "panel": str(picture), "shots": len(supports)}
+    if rows:
+        panels.panel(("support", "query", "prior", "prediction"), rows).save(picture)
+    if unread:
+        raise UserError(f"{len(unread)} of {len(targets)} photographs were not segmented; the first: {unread[0]}")
+    return {"masks": results, "panel": str(picture), "shots": len(masks)}
 
 
 def mask_paths(queries: tuple[str, ...], out: Path, inputs: tuple[str, ...]) -> list[Path]:

@@ -101,6 +101,8 @@ class Extraction:
     """Type of stored values; int8 is packed with a scale for each 64 channels, in half of float16's bytes."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """An image that cannot be read is listed in the manifest as quarantined, or stops the job."""
+    refresh: bool = False
+    """Compute images again that have changed since they were extracted."""
     max_bad_share: Share = 0.01
     """Stop if more than this share of the images cannot be read."""
 

@@ -6,6 +6,7 @@ What travels between them is an Outcome, pixels beside it as an array.
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,8 +16,9 @@ import numpy as np
 
 from feature_store import FeatureStore, Fingerprint, Row, ShardWriter, StoreError, StoreFault
 from feature_store.urls import is_url, redacted
+from fsdino.data.photographs import file_stamps
 from fsdino.data.views import draw_view
-from fsdino.errors import UserError
+from fsdino.errors import DataWarning, UserError
 from fsdino.preprocess import read_image, resize_square
 from pipelines.networks import NetworkPlan
 from pipelines.outcome import EXPECTED, Outcome
@@ -32,6 +34,8 @@ class Unit(NamedTuple):
     urls: tuple[str, ...]
     features: tuple[str, ...]
     """Which feature each of the stores keeps."""
+    stamps: tuple[str, ...]
+    """Of each row's source."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Loaded(NamedTuple):
 
     unit: Unit
     bad: dict[int, str]
+    notes: list[str]
+    """What was unusual about images that could be read."""
 
 
 class Written(NamedTuple):
@@ -55,6 +61,8 @@ class Written(NamedTuple):
     bytes: int
     bad: dict[str, str]
     """Ids of quarantined images, and why."""
+    notes: list[str]
+    """What was unusual about the others."""
 
 
 class Read(Protocol):
@@ -66,6 +74,10 @@ class Read(Protocol):
 
     def readable(self, row: Row) -> bool:
         """Whether a row that was quarantined can be read by now."""
+        ...
+
+    def stamps(self, rows: Sequence[Row]) -> list[str]:
+        """What tells of each row whether its source has changed since."""
         ...
 
 
@@ -87,9 +99,13 @@ class Decode:
         for number, unit in enumerate(units):
             for slot, row in enumerate(unit.rows):
                 wanted.setdefault(row.source, []).append((number, slot))
+        notes: list[str] = []
         for source, positions in wanted.items():  # one decoded photograph in memory at a time
             try:
-                image = read_image(source)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", DataWarning)
+                    image = read_image(source)
+                notes += [str(w.message) for w in caught if issubclass(w.category, DataWarning)]
             except UserError as error:
                 reason = str(error).replace(source, redacted(source))
                 if not is_url(source) and not os.path.isdir(os.path.dirname(source)):
@@ -110,7 +126,7 @@ class Decode:
                 pixels[number][slot] = resize_square(view.image(image), units[number].res_px)
                 sizes[number][slot] = image.size
         for number, unit in enumerate(units):
-            yield _loaded(unit, bad[number], pixels[number], sizes[number])
+            yield _loaded(unit, bad[number], pixels[number], sizes[number], notes if number == 0 else [])
 
     def readable(self, row: Row) -> bool:
         """See Read."""
@@ -119,6 +135,11 @@ class Decode:
         except (UserError, OSError):
             return False
         return True
+
+    def stamps(self, rows: Sequence[Row]) -> list[str]:
+        """See Read."""
+        found = file_stamps(list(dict.fromkeys(row.source for row in rows)))
+        return [found.get(row.source, "") for row in rows]
 
 
 class ReadStored:
@@ -139,11 +160,17 @@ class ReadStored:
             reasons = {slot: store.quarantined.get(row[:2]) for slot, row in enumerate(unit.rows)}
             bad = {slot: reason for slot, reason in reasons.items() if reason is not None}
             sizes = np.array([store.sizes[row] for row in rows])
-            yield _loaded(unit, bad, np.nan_to_num(store.read(rows)), sizes)
+            yield _loaded(unit, bad, np.nan_to_num(store.read(rows)), sizes, [])
 
     def readable(self, row: Row) -> bool:
         """See Read."""
         return row[:2] not in _opened(self.url, self.fingerprint).quarantined
+
+    def stamps(self, rows: Sequence[Row]) -> list[str]:
+        """See Read. The same as the store's: what changes there has to be computed again here."""
+        store = _opened(self.url, self.fingerprint)
+        found = {sample[:2]: stamp for sample, stamp in zip(store.samples, store.stamps, strict=True)}
+        return [found.get(row[:2], "") for row in rows]
 
 
 @functools.cache
@@ -152,8 +179,8 @@ def _opened(url: str, fingerprint: Fingerprint) -> FeatureStore:
     return FeatureStore(url, asdict(fingerprint))
 
 
-def _loaded(unit: Unit, bad: dict[int, str], pixels: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
-    return {"outcome": Outcome(value=Loaded(unit, bad)), "pixels": pixels, "sizes": sizes}
+def _loaded(unit: Unit, bad: dict[int, str], pixels: np.ndarray, sizes: np.ndarray, notes: list[str]) -> dict[str, Any]:
+    return {"outcome": Outcome(value=Loaded(unit, bad, notes)), "pixels": pixels, "sizes": sizes}
 
 
 def _guarded(loaded: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -191,17 +218,18 @@ class Extract:
         return writers
 
     def _write(self, batch: dict[str, np.ndarray]) -> Written:
-        unit, bad = batch["outcome"][0].get()
+        unit, bad, notes = batch["outcome"][0].get()
         forward, writers = self.forward.get(), self.writers
         pixels, sizes = batch["pixels"][0], batch["sizes"][0]
         wanted = tuple(dict.fromkeys(unit.features))
         features = self.thread.submit(forward, pixels, wanted).result()
         sized = [(int(w), int(h)) for w, h in sizes]
         written = sum(
-            writers[url].write(unit.shard, features[name], sized, bad)
+            writers[url].write(unit.shard, features[name], sized, bad, unit.stamps)
             for url, name in zip(unit.urls, unit.features, strict=True)
         )
-        return Written(len(pixels), written, {unit.rows[slot].sample_id: reason for slot, reason in bad.items()})
+        reasons = {unit.rows[slot].sample_id: reason for slot, reason in bad.items()}
+        return Written(len(pixels), written, reasons, notes)
 
 
 def _forward(network: NetworkPlan, settings: Extraction) -> Any:

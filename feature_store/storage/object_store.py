@@ -87,6 +87,10 @@ class ObjectFolder(Folder):
             )
         ObjectFolder._started_in = os.getpid()
 
+    def _no_bucket(self) -> StoreError:
+        bucket = urlsplit(self.url).netloc
+        return StoreError(f"{self.url}: expected the bucket {bucket}, found none of that name there; create it first")
+
     def _refused(self, key: str, error: BaseException) -> StoreError:
         return StoreError(
             f"{self.url}/{key}: the object store refuses ({first_line(error)}); check the credentials in the "
@@ -100,7 +104,9 @@ class ObjectFolder(Folder):
         def translated() -> T:
             try:
                 return request()
-            except exceptions.NotFoundError:
+            except exceptions.NotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise self._no_bucket() from None
                 raise FileNotFoundError(f"{self.url}/{key}") from None
             except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError) as error:
                 raise self._refused(key, error) from None
@@ -109,6 +115,8 @@ class ObjectFolder(Folder):
             except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
                 raise
             except exceptions.BaseError as error:
+                if "NoSuchBucket" in str(error):
+                    raise self._no_bucket() from None
                 if "403 Forbidden" in str(error) or "401 Unauthorized" in str(error):  # listing has no error of its own
                     raise self._refused(key, error) from None
                 raise OSError(first_line(error)) from None
@@ -117,20 +125,20 @@ class ObjectFolder(Folder):
         return patiently(f"{self.url}/{key}", translated)
 
 
-_object_stores: dict[tuple[str, str | None], Any] = {}
+_object_stores: dict[tuple[str, ...], Any] = {}
 _object_stores_lock = threading.Lock()
 
 
 def _object_store(url: str) -> Any:
-    """One client, with its connections, for each place of this process."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    """One client, with its connections, for each place of this process and each setting of where S3 is."""
+    settings = tuple(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("AWS_"))
     with _object_stores_lock:
-        if (url, endpoint) not in _object_stores:
-            _object_stores[url, endpoint] = _new_object_store(url, endpoint)
-        return _object_stores[url, endpoint]
+        if (url, *settings) not in _object_stores:
+            _object_stores[url, *settings] = _new_object_store(url)
+        return _object_stores[url, *settings]
 
 
-def _new_object_store(url: str, endpoint: str | None) -> Any:
+def _new_object_store(url: str) -> Any:
     from obstore.store import HTTPStore, S3Store
 
     seconds = float(os.environ.get("FSDINO_STORE_TIMEOUT", REQUEST_SECONDS))
@@ -144,30 +152,8 @@ def _new_object_store(url: str, endpoint: str | None) -> Any:
     if parts.scheme != "s3":
         options["allow_http"] = parts.scheme == "http"
         return HTTPStore(url, client_options=options, retry_config=retry)
-    import botocore.exceptions
-    import botocore.session
-
-    session = botocore.session.get_session()
-    try:
-        config: Any = {"region": session.get_config_variable("region") or "us-east-1"}
-        credentials = session.get_credentials()  # environment, profile, sign-on, container, machine: AWS's own order
-    except botocore.exceptions.BotoCoreError as error:
-        raise StoreError(f"{url}: no credentials for it ({error}); check AWS_PROFILE and what it leads to") from None
-    if endpoint:
-        config["endpoint"] = endpoint
-        options["allow_http"] = endpoint.startswith("http://")
-    if credentials is not None:
-
-        def provide() -> Any:
-            now = credentials.get_frozen_credentials()
-            return {
-                "access_key_id": now.access_key,
-                "secret_access_key": now.secret_key,
-                "token": now.token,
-                "expires_at": datetime.now(UTC) + timedelta(minutes=15),
-            }
-
-        config["credential_provider"] = provide
+    config = s3_settings(url, parts.netloc)
+    options["allow_http"] = config.get("endpoint", "").startswith("http://")
     return S3Store(
         parts.netloc,
         prefix=parts.path.strip("/") or None,
@@ -175,3 +161,47 @@ def _new_object_store(url: str, endpoint: str | None) -> Any:
         retry_config=retry,
         **config,
     )
+
+
+def s3_settings(url: str, bucket: str) -> dict[str, Any]:
+    """Endpoint, addressing style, region and credentials as AWS's own rules have them (environment, configuration file,
+    profile, sign-on, container, machine), so that stores and photographs are looked for in the same place.
+
+    Raises StoreError if they lead nowhere.
+    """
+    import botocore.exceptions
+    import botocore.session
+
+    session = botocore.session.get_session()
+    try:
+        client = session.create_client("s3", region_name=session.get_config_variable("region") or "us-east-1")
+        credentials = session.get_credentials()
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise StoreError(
+            f"{url}: the settings for S3 lead nowhere ({first_line(error)}); check AWS_ENDPOINT_URL "
+            "(http://HOST:PORT), AWS_PROFILE and AWS's configuration file"
+        ) from None
+    if credentials is None:
+        raise StoreError(
+            f"{url}: expected credentials for S3, found none; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "AWS_PROFILE"
+        )
+    found = credentials
+
+    def provide() -> Any:
+        now = found.get_frozen_credentials()  # botocore renews them ten minutes before their end
+        return {
+            "access_key_id": now.access_key,
+            "secret_access_key": now.secret_key,
+            "token": now.token,
+            "expires_at": datetime.now(UTC) + timedelta(minutes=10),
+        }
+
+    config: dict[str, Any] = {"region": client.meta.region_name, "credential_provider": provide}
+    endpoint, style = client.meta.endpoint_url, (client.meta.config.s3 or {}).get("addressing_style")
+    scheme, _, host = endpoint.partition("://")
+    if style == "virtual":
+        config |= {"virtual_hosted_style_request": True, "endpoint": f"{scheme}://{bucket}.{host}"}
+    elif style == "path" or not host.endswith(".amazonaws.com"):
+        config["endpoint"] = endpoint
+    return config

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from glob import has_magic
 from pathlib import Path
 
@@ -30,6 +31,55 @@ def list_photographs(place: str) -> dict[str, str]:
             f"{' '.join(sorted(SUFFIXES))}, or a glob such as 'photos/**/*.jpg' in quotes"
         )
     return found
+
+
+def file_stamps(sources: Sequence[str]) -> dict[str, str]:
+    """What changes when a photograph does: its bytes, then modification time or ETag; empty where it cannot be told.
+
+    Remote places are listed a folder at a time, as a request for each photograph would take longer than reading them.
+    """
+    remote = [source for source in sources if _is_url(source)]
+    with ThreadPoolExecutor(16) as pool:
+        found = dict(zip(sources, pool.map(_local_stamp, sources), strict=True))
+    by_folder: dict[tuple[str, str], list[str]] = {}
+    for source in remote:
+        archive = f"::{source.split('::', 1)[1]}" if "::" in source else ""
+        by_folder.setdefault((source.split("::")[0].rsplit("/", 1)[0], archive), []).append(source)
+    for (folder, archive), members in by_folder.items():
+        found |= _remote_stamps(f"{folder}/{archive}", members)
+    return found
+
+
+def same_file(stamp: str, other: str, moved: bool = False) -> bool:
+    """Whether two stamps are of one file, as far as they tell. Copies have other times, so of `moved` ones only the
+    sizes count."""
+    if not stamp or not other:
+        return True
+    return stamp == other or (moved and stamp.split(" ", 1)[0] == other.split(" ", 1)[0])
+
+
+def _local_stamp(source: str) -> str:
+    if _is_url(source):
+        return ""
+    try:
+        stat = os.stat(source)
+    except OSError:
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _remote_stamps(folder: str, sources: Sequence[str]) -> dict[str, str]:
+    try:
+        fs, path = fsspec.url_to_fs(folder)
+        entries = {entry["name"].rsplit("/", 1)[-1]: entry for entry in fs.ls(path.rstrip("/"), detail=True)}
+    except Exception:  # reading them will tell
+        return {}
+    stamps = {}
+    for source in sources:
+        entry = entries.get(source.split("::")[0].rsplit("/", 1)[-1], {})
+        version = next((entry[key] for key in ("ETag", "etag", "mtime", "LastModified", "CRC") if entry.get(key)), "")
+        stamps[source] = f"{entry['size']} {version}".strip() if entry.get("size") is not None else ""
+    return stamps
 
 
 def set_name(place: str) -> str:
