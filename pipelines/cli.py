@@ -31,7 +31,12 @@ ENVIRONMENT = {
 """Defaults that a user's own environment overrides."""
 
 
-def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[str] | None = None) -> None:
+def main(
+    settings_type: type[S],
+    job: Callable[[S], dict[str, Any]],
+    argv: list[str] | None = None,
+    failed: Callable[[dict[str, Any]], bool] = lambda result: False,
+) -> None:
     """Parse the flags, do the job, print its result as one JSON line, and exit.
 
     Exit codes: 0 done, 2 wrong usage or input, 1 a fault (a full disk, a dead server, a training that diverged), each
@@ -42,6 +47,10 @@ def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[
     try:
         result = call(settings_type, job, sys.argv[1:] if argv is None else argv)
         line = json.dumps(result, allow_nan=False)
+    except ValueError as error:
+        if "JSON" not in str(error):
+            raise
+        _fail(f"the result holds a number that is not finite, which is not JSON ({error})", 1)
     except (UserError, StoreError, Fault) as error:
         _fail(error, 1 if isinstance(error, (StoreFault, Fault)) else 2)
     except (OSError, MemoryError) as error:  # a disk, a network, a memory that failed where nobody expected it
@@ -50,6 +59,8 @@ def main(settings_type: type[S], job: Callable[[S], dict[str, Any]], argv: list[
         print("stopped; rerun the command to resume", file=sys.stderr)
         sys.exit(130)
     print(redacted_text(line), flush=True)
+    if failed(result):
+        sys.exit(1)
 
 
 def _fail(error: Exception | str, code: int) -> NoReturn:

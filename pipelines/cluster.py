@@ -2,11 +2,15 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from glob import glob
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from feature_store.urls import local_path
 from fsdino.errors import UserError
 from pipelines.outcome import ClusterFault
 from pipelines.recipes import Device
@@ -39,6 +43,48 @@ def connect(wanted: Mapping[str, float], job: str, cure: str) -> None:
             raise ClusterFault(error) from error
     with faults():
         check(ray.cluster_resources())
+
+
+def check_shared(places: Sequence[str]) -> None:
+    """Raise UserError if a path is not the same folder on every node: what a worker writes would be lost to the others.
+
+    The driver writes a file there, and a task on each other node looks for it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    others.pop(here, None)
+    look = ray.remote(num_cpus=0)(_sees)
+    for path in filter(None, map(local_path, places)) if others else ():
+        probe = Path(path) / f"probe-{uuid.uuid4().hex}"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        try:
+            asked = [
+                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
+                for node in others
+            ]
+            with faults():
+                seen = ray.get(asked)
+        finally:
+            probe.unlink()
+        for host, sees in zip(others.values(), seen, strict=True):
+            if not sees:
+                raise UserError(
+                    f"{path}: this path is not shared by all nodes ({host} does not see it); use s3:// or a shared "
+                    "file system"
+                )
+
+
+def _sees(path: str) -> bool:
+    """Whether a file that another node wrote is here; network file systems may take seconds to show it."""
+    for _ in range(20):
+        if os.path.exists(path):
+            return True
+        time.sleep(0.25)
+    return False
 
 
 @contextmanager

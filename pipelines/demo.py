@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fsdino.errors import UserError
 from pipelines import sequence
 from pipelines.checks import Count, Few, Fold, Output, Seed
 from pipelines.cli import main
@@ -43,6 +44,8 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Run the commands one after the other on one local Ray, then print the table."""
+    if settings.fold > 3:
+        raise UserError(f"--fold {settings.fold}: expected 0 to 3")
     started = time.perf_counter()
     out = Path(settings.out).absolute()
     study, panel = study_of(settings, out), out / "panel.png"

@@ -240,6 +240,7 @@ def run_units(
         f"{settings.actors} actors and a decoding task",
         "lower --actors, --actor-cpus, --actor-gpus or --decode-cpus",
     )
+    cluster.check_shared(list(builds))
     import ray.data
     from ray.data import ActorPoolStrategy
 

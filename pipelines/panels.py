@@ -90,9 +90,9 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image.Image | None]]) 
     for x, caption in enumerate(columns):
         draw.text((x * step + GAP_PX, 3), caption, fill="black")
     for y, row in enumerate(rows):
-        for x, cell in enumerate(row):
-            if cell is not None:
-                canvas.paste(cell(cell), (x * step + GAP_PX, y * step + GAP_PX + CAPTION_PX))
+        for x, image in enumerate(row):
+            if image is not None:
+                canvas.paste(cell(image), (x * step + GAP_PX, y * step + GAP_PX + CAPTION_PX))
     return canvas
 
 

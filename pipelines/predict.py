@@ -3,8 +3,8 @@
     python -m pipelines.predict --checkpoint CHECKPOINT \\
         --support cat1.jpg --mask cat1.png --query a.jpg b.jpg --out masks
 
-One to five supports, each with a mask (the brighter of two values is the object). Masks are 0 and 255; `panel.png` shows them all.
-Runs on this machine alone, without stores; fsdino.Predictor does the same in Python.
+One to five supports, each with a mask (the brighter of two values is the object). Masks are 0 and 255; `panel.png`
+shows them all. Runs on this machine alone, without stores; fsdino.Predictor does the same in Python.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
+from feature_store.urls import is_url
 from fsdino.data.masks import read_mask
 from fsdino.errors import UserError
 from fsdino.preprocess import read_image
@@ -56,6 +57,9 @@ def job(settings: Settings) -> dict[str, Any]:
         )
     sizes = [read_image(path).size for path in settings.support]
     masks = [read_mask(path, size, settings.mask_value) for path, size in zip(settings.mask, sizes, strict=True)]
+    for path in settings.query:
+        if not is_url(path) and not Path(path).exists():
+            read_image(path)  # says so
     targets = mask_paths(settings.query, Path(settings.out), (*settings.support, *settings.mask, *settings.query))
     checkpoints.read_record(settings.checkpoint, "segmenter")
 

@@ -7,10 +7,10 @@ and seed. What differs otherwise has a row of its own, which says in what.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fsdino.errors import UserError
-from pipelines import tables
 from pipelines.checks import Count, Few, Seed, TrackingUri
 from pipelines.cli import main
 
@@ -33,13 +33,18 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Gather, then print the table before the JSON line."""
-    methods = tables.gather(
-        settings.tracking_uri,
-        dataset=settings.dataset,
-        shots=settings.shots,
-        episodes=settings.episodes,
-        test_seed=settings.test_seed,
-    )
+    methods: dict[str, Any] = {}
+    file = Path(settings.tracking_uri.removeprefix("sqlite:///"))
+    if file.exists() or not settings.tracking_uri.startswith("sqlite:///"):
+        from pipelines import tables
+
+        methods = tables.gather(
+            settings.tracking_uri,
+            dataset=settings.dataset,
+            shots=settings.shots,
+            episodes=settings.episodes,
+            test_seed=settings.test_seed,
+        )
     if not methods:
         raise UserError(
             f"{settings.tracking_uri}: expected evaluations of {settings.dataset}, {settings.shots}-shot, "

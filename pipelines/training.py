@@ -81,6 +81,7 @@ def train(
         f"{workers.workers} workers of {' and '.join(f'{each:g} {kind}' for kind, each in resources.items())}",
         "lower --workers or --worker-cpus" + (", or use --no-gpu" if device.gpu else ""),
     )
+    cluster.check_shared([run_folder.url])
     with locked(open_folder(run_folder.url)):
         begun = run_folder.begun()
         opened = tracking.running(

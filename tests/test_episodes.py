@@ -87,5 +87,5 @@ def test_training_and_test_draw_differently():
 def test_a_class_with_too_few_images_is_a_users_mistake():
     with pytest.raises(UserError, match=r"at least 9 images of every class for 8-shot episodes, got \{1: 8"):
         sampler(shots=8)
-    with pytest.raises(UserError, match="no image at all"):
+    with pytest.raises(UserError, match="got none at all"):
         EpisodeSampler({}, shots=1, fold=0, seed=0, training=False)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from feature_store import FeatureStore
 from fsdino.data.photographs import list_photographs, set_name
-from fsdino.errors import UserError
+from fsdino.errors import DataWarning, UserError
 from fsdino.preprocess import read_image
 from tests.conftest import run
 
@@ -83,7 +83,7 @@ UNREADABLE = {
     "half a header.jpg": (jpeg()[:20], "expected a readable image"),
     "zero bytes.jpg": (b"", "not an image of a known format"),
     "text.jpg": (b"It is only text that is called .jpg\n" * 9, "not an image of a known format"),
-    "bomb.png": (bomb(60_000), "exceeds limit"),
+    "bomb.png": (bomb(60_000), "at most 178 megapixels"),
     "broken.png": (bomb(100)[:-40], "expected a readable image"),
     "photo.heic": (heic(), "not an image of a known format"),
     "floats.tif": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "channels of floats"),
@@ -112,6 +112,44 @@ def test_an_odd_image_gives_the_right_pixels(tmp_path, name):
     data, expected = READABLE[name]
     (tmp_path / name).write_bytes(data)
     assert np.array_equal(np.asarray(read_image(str(tmp_path / name))), expected)
+
+
+DARK = GREY.astype(np.uint16)  # 0 to 255
+
+
+@pytest.mark.parametrize(("bits", "values"), [(8, DARK), (10, DARK << 2), (12, DARK << 4), (14, DARK << 6)])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_of_fewer_bits_than_its_file_has_is_scaled_with_a_note(tmp_path, bits, values, kind):
+    (tmp_path / "deep.x").write_bytes(encoded(Image.fromarray(values), kind))
+    with pytest.warns(DataWarning, match=f"deep.x: 16-bit grey, scaled from the {bits} bits that are used"):
+        assert np.array_equal(np.asarray(read_image(str(tmp_path / "deep.x"))), RGB)
+    if kind == "TIFF":
+        (tmp_path / "deep.x").write_bytes(encoded(Image.fromarray(values.astype(np.int32)), kind))
+        with pytest.warns(DataWarning, match=f"scaled from the {bits} bits"):
+            assert np.array_equal(np.asarray(read_image(str(tmp_path / "deep.x"))), RGB)
+
+
+def png_of_16_bits(pixels):
+    """A PNG of 16 bits for each of three channels, which Pillow reads but does not write."""
+    height, width = pixels.shape[:2]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = png_chunk(b"IHDR", head) + png_chunk(b"IDAT", zlib.compress(lines)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def test_colours_of_16_bits_keep_their_upper_byte_and_are_refused_where_it_is_dark(tmp_path):
+    (tmp_path / "deep.png").write_bytes(png_of_16_bits(PIXELS.astype(np.uint16) * 257))
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / "deep.png"))), PIXELS)
+    (tmp_path / "dark.png").write_bytes(png_of_16_bits(PIXELS.astype(np.uint16) << 4))
+    with pytest.raises(UserError, match="16-bit colours of which at most 12 bits are used; scale them to 16"):
+        read_image(str(tmp_path / "dark.png"))
+
+
+def test_a_name_in_another_case_or_of_another_kind_is_hinted_at(tmp_path):
+    (tmp_path / "Cat.PNG").write_bytes(encoded(Image.fromarray(PIXELS), "PNG"))
+    with pytest.raises(UserError, match=r"cat\.jpg: expected an image file, found nothing there \(but Cat\.PNG\)"):
+        read_image(str(tmp_path / "cat.jpg"))
 
 
 def test_a_cmyk_jpeg_looks_like_itself(tmp_path):

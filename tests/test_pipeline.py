@@ -33,8 +33,9 @@ def test_every_step_of_the_way_ends_in_its_result(whole_run, places):
     assert whole_run["4d"]["checkpoint"] == str(folder / f"fold{FOLD}-4d" / "final")
     for method in ("prototype", "nearest", "compact", "4d"):
         score = whole_run[f"score {method}"]
-        assert list(score) == "dataset protocol fold shots episodes seed variant miou fb_iou per_class".split()
+        assert list(score) == "dataset protocol folds fold shots episodes seed variant miou fb_iou per_class".split()
         assert (score["dataset"], score["protocol"], score["variant"]) == ("shapes", "hdmnet", method)
+        assert score["folds"] == "4 blocks"
 
 
 def test_stores_lie_by_data_set_model_feature_and_resolution(whole_run, places):
@@ -189,7 +190,9 @@ def test_predict_writes_a_mask_of_each_photographs_own_size(whole_run, shapes_ro
     label = shapes_root / "SegmentationClassAug" / "shapes_000000.png"
     wide = tmp_path / "wide.jpg"
     Image.open(shapes_root / "JPEGImages" / "shapes_000001.jpg").resize((211, 97)).save(wide)
+    value = int(np.unique(np.array(Image.open(label)))[1])
     where = ["--checkpoint", whole_run["4d"]["checkpoint"], "--support", support, "--mask", label]
+    where += ["--mask-value", value]
     done = run("predict", *where, "--query", wide, support, "--out", tmp_path / "masks")
     with Image.open(done["masks"][0]["mask"]) as mask:
         assert mask.size == (211, 97) and set(np.unique(np.array(mask))) <= {0, 255}
@@ -199,17 +202,32 @@ def test_predict_writes_a_mask_of_each_photographs_own_size(whole_run, shapes_ro
 def test_predict_agrees_with_the_segmenter_called_by_hand(whole_run, shapes_root, tmp_path):
     support = shapes_root / "JPEGImages" / "shapes_000004.jpg"
     label = shapes_root / "SegmentationClassAug" / "shapes_000004.png"
+    numbers = np.array(Image.open(label))
+    value = int(np.unique(numbers)[1])
     where = ["--checkpoint", whole_run["4d"]["checkpoint"], "--support", support, "--mask", label]
-    done = run("predict", *where, "--query", support, "--out", tmp_path / "masks")
+    done = run("predict", *where, "--mask-value", value, "--query", support, "--out", tmp_path / "masks")
     segmenter, _ = Segmenter.load(whole_run["4d"]["checkpoint"])
     encoder = build_encoder("tiny_vit")
     with torch.inference_mode():
         features = encoder(to_input(resize_square(read_image(support), 70)[None], encoder.mean, encoder.std))
-        mask = torch.from_numpy((np.array(Image.open(label)) > 0).astype(np.float32))
-        known = segmenter.encode_support(features.late[None], mask[None, None])
+        mask, void = (torch.from_numpy((numbers == v).astype(np.float32))[None, None] for v in (value, 255))
+        known = segmenter.encode_support(features.late[None], mask, void)
         logits = segmenter.segment(features.late, segmenter.embed(features.early), known).mask_logits
         expected = torch.nn.functional.interpolate(logits, size=(224, 224), mode="bilinear")[0, 0] > 0
     assert np.array_equal(np.array(Image.open(done["masks"][0]["mask"])) > 0, expected.numpy())
+
+
+def test_a_photograph_that_cannot_be_read_costs_no_other_its_mask(whole_run, shapes_root, tmp_path):
+    support, label = (
+        shapes_root / p for p in ("JPEGImages/shapes_000004.jpg", "SegmentationClassAug/shapes_000004.png")
+    )
+    (tmp_path / "broken.jpg").write_bytes(support.read_bytes()[:900])
+    mask = Image.fromarray((np.array(Image.open(label)) == np.unique(np.array(Image.open(label)))[1]).astype(np.uint8))
+    mask.save(tmp_path / "mask.png")
+    where = ["--checkpoint", whole_run["4d"]["checkpoint"], "--support", support, "--mask", tmp_path / "mask.png"]
+    with pytest.raises(UserError, match=r"1 of 2 photographs were not segmented; the first: .*broken\.jpg: expected a"):
+        run("predict", *where, "--query", tmp_path / "broken.jpg", support, "--out", tmp_path / "masks")
+    assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["panel.png", "shapes_000004.png"]
 
 
 def test_a_run_with_other_settings_is_not_overwritten(whole_run, places):

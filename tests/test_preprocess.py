@@ -59,33 +59,12 @@ def test_an_empty_mask_is_a_users_mistake(tmp_path):
         read_mask(path, (30, 20))
 
 
-def test_every_non_zero_pixel_of_a_mask_is_the_object_in_any_mode(tmp_path):
-    mask = np.zeros((20, 30), np.uint8)
-    mask[3:6, 4:9] = 1
-    palette = Image.fromarray(mask, mode="P")
-    palette.putpalette([255, 255, 255, 0, 0, 0] + [0] * 762)  # index 0 is white: colours must not matter
-    palette.save(tmp_path / "palette.png")
-    save(tmp_path / "grey.png", mask)
-    faint = np.zeros((20, 30, 3), np.uint8)
-    faint[..., 2] = 3 * mask
-    Image.fromarray(faint).save(tmp_path / "rgb.png")
-    Image.fromarray(mask > 0).save(tmp_path / "bits.png")
-    for name in ("palette", "grey", "rgb", "bits"):
-        assert np.array_equal(read_mask(tmp_path / f"{name}.png", (30, 20)), mask), name
-
-
 def test_a_label_of_a_palette_gives_its_indices(tmp_path):
     label = np.array([[0, 5], [20, 255]], np.uint8)
     image = Image.fromarray(label, mode="P")
     image.putpalette(list(range(256)) * 3)
     image.save(tmp_path / "label.png")
     assert np.array_equal(read_label(tmp_path / "label.png"), label)
-
-
-def test_a_label_with_colours_is_a_users_mistake(tmp_path):
-    path = save(tmp_path / "label.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(UserError, match="one channel, got mode RGB"):
-        read_label(path)
 
 
 def test_input_is_scaled_then_normalised(photo):

@@ -29,7 +29,7 @@ def test_every_missing_shard_is_planned_once_and_images_are_seldom_decoded_twice
     fine, coarse = rows_of(images, views), rows_of(images, 1)
     targets = [target("early", 70, fine), target("late", 70, fine), target("early", 28, coarse)]
     missing = {t.url: range(num_shards(len(t.rows))) for t in targets}
-    items = extraction.plan_items(targets, missing)
+    items = extraction.plan_items(targets, missing, {})
     planned = sorted((url, unit.shard) for item in items for unit in item.units for url in unit.urls)
     assert planned == sorted((t.url, shard) for t in targets for shard in missing[t.url])
     for unit in (unit for item in items for unit in item.units):
@@ -43,7 +43,7 @@ def test_every_missing_shard_is_planned_once_and_images_are_seldom_decoded_twice
 def test_only_the_shards_that_a_store_lacks_are_planned():
     rows = rows_of(100, 1)
     targets = [target("early", 70, rows), target("late", 70, rows)]
-    items = extraction.plan_items(targets, {"early@70": [2], "late@70": [0, 2]})
+    items = extraction.plan_items(targets, {"early@70": [2], "late@70": [0, 2]}, {})
     assert [(unit.shard, unit.urls) for item in items for unit in item.units] == [
         (0, ("late@70",)),
         (2, ("early@70", "late@70")),
@@ -59,13 +59,17 @@ def test_decoding_gives_each_view_at_each_size(tmp_path):
         rows += [Row(str(image), view, str(path)) for view in range(2)]
     (tmp_path / "1.png").write_bytes(b"broken")
     units = [
-        stages.Unit(0, 28, tuple(rows), ("a",), ("early",)),
-        stages.Unit(0, 14, tuple(rows[::2]), ("b",), ("early",)),
+        stages.Unit(0, 28, tuple(rows), ("a",), ("early",), ("",) * 6),
+        stages.Unit(0, 14, tuple(rows[::2]), ("b",), ("early",), ("",) * 3),
     ]
     out = list(stages.Decode(7, "skip")({"item": pickle.loads(pickle.dumps(stages.Item(tuple(units))))}))
     for unit, got in zip(units, out, strict=True):
-        same, bad = got["outcome"].get()
-        assert same == unit and list(bad) == [slot for slot, row in enumerate(unit.rows) if row.sample_id == "1"]
+        same, bad, notes = got["outcome"].get()
+        assert (
+            same == unit
+            and notes == []
+            and list(bad) == [slot for slot, row in enumerate(unit.rows) if row.sample_id == "1"]
+        )
         for slot, row in enumerate(unit.rows):
             if slot not in bad:
                 view = draw_view(7, row.sample_id, row.view).image(Image.open(row.source))

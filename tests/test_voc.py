@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsdino.data.dataset import open_dataset
+from fsdino.data.dataset import check_label_sizes, open_dataset
+from fsdino.data.inspection import inspect
 from fsdino.data.masks import binary_label
 from fsdino.data.protocols import HDMNET
 from fsdino.data.voc import VocDataset
@@ -25,7 +26,7 @@ def test_a_folder_of_another_layout_is_a_users_mistake(tmp_path):
 def test_an_unknown_class_in_a_label_is_a_users_mistake(tmp_path, shapes_root):
     root = shutil.copytree(shapes_root, tmp_path / "copy")
     (root / "classes.txt").write_text("\n".join("abcdefgh"))
-    with pytest.raises(UserError, match=r"expected classes 0 to 8 and 255, got \d+; name further classes"):
+    with pytest.raises(UserError, match=r"expected classes 0 to 8 and 255, got [\d, ]+; correct the label"):
         VocDataset(root).class_pixels("train")
 
 
@@ -54,3 +55,79 @@ def test_a_data_set_in_a_bucket_is_the_same_data_set(shapes_root, s3_endpoint):
     assert np.array_equal(there.image(image_id), here.image(image_id))
     assert np.array_equal(there.label(image_id), here.label(image_id))
     assert there.source(image_id) == f"s3://features/shapes/JPEGImages/{image_id}.jpg"
+
+
+def copied(shapes_root, tmp_path):
+    return shutil.copytree(shapes_root, tmp_path / "copy")
+
+
+def test_photographs_of_other_kinds_are_found_by_their_names(tmp_path, shapes_root):
+    root = copied(shapes_root, tmp_path)
+    first, second = VocDataset(root).ids("val")[:2]
+    folder = root / "JPEGImages"
+    Image.open(folder / f"{first}.jpg").save(folder / f"{first}.png")
+    (folder / f"{first}.jpg").unlink()
+    (folder / f"{second}.jpg").rename(folder / f"{second}.JPEG")
+    dataset = VocDataset(root)
+    assert dataset.source(first).endswith(f"{first}.png") and dataset.source(second).endswith(f"{second}.JPEG")
+    assert dataset.image(first).size == dataset.image(second).size == (224, 224)
+
+
+def test_a_list_of_pairs_is_the_same_data_set(tmp_path, shapes_root):
+    root = copied(shapes_root, tmp_path)
+    ids = VocDataset(root).ids("val")
+    pairs = "".join(f"/JPEGImages/{i}.jpg /SegmentationClassAug/{i}.png\r\n" for i in ids)
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text(pairs)
+    assert VocDataset(root).ids("val") == ids
+    assert VocDataset(root).list_digest("val") == VocDataset(shapes_root).list_digest("val")
+
+
+def test_labels_of_another_size_than_their_photographs_are_refused_with_both(tmp_path, shapes_root):
+    root = copied(shapes_root, tmp_path)
+    dataset = VocDataset(root)
+    turned, larger, right = dataset.ids("val")[:3]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph = Image.open(root / "JPEGImages" / f"{turned}.jpg").resize((224, 100))
+    photograph.save(root / "JPEGImages" / f"{turned}.jpg", exif=exif)
+    Image.open(root / "SegmentationClassAug" / f"{turned}.png").resize((224, 100), 0).save(
+        root / "SegmentationClassAug" / f"{turned}.png"
+    )
+    Image.open(root / "SegmentationClassAug" / f"{larger}.png").resize((226, 224), 0).save(
+        root / "SegmentationClassAug" / f"{larger}.png"
+    )
+    sizes = {i: dataset.image(i).size for i in (turned, larger, right)}
+    expected = rf"{turned}\.png: .* 100x224 \(EXIF orientation 6\), got 224x100; so are 2 of 3 labels"
+    with pytest.raises(UserError, match=expected):
+        check_label_sizes(dataset, "val", sizes)
+    check_label_sizes(dataset, "val", {right: sizes[right]})
+    problems = inspect(dataset).problems
+    assert [
+        any(p.startswith(str(root / "SegmentationClassAug" / f"{i}.png")) for p in problems) for i in (turned, larger)
+    ]
+    assert len(problems) == 2
+
+
+def test_an_inspection_lists_everything_that_is_wrong(tmp_path, shapes_root):
+    root = copied(shapes_root, tmp_path)
+    assert inspect(VocDataset(root)).problems == []
+    train, val = (VocDataset(root).ids(split) for split in ("train", "val"))
+    (root / "JPEGImages" / f"{train[0]}.jpg").write_bytes(b"broken")
+    (root / "SegmentationClassAug" / f"{train[1]}.png").unlink()
+    Image.fromarray(np.full((224, 224), 77, np.uint8)).save(root / "SegmentationClassAug" / f"{train[2]}.png")
+    lists = root / "ImageSets" / "Segmentation"
+    (lists / "val.txt").write_text("\n".join([*val, train[3]]))
+    report = inspect(VocDataset(root))
+    found = "\n".join(report.problems)
+    for expected in (
+        f"{train[0]}.jpg: expected a readable image",
+        f"{train[1]}.png: expected an image file, found nothing there",
+        f"{train[2]}.png: class 77, but the data set has 12",
+        f"1 images train and test (the first: {train[3]})",
+    ):
+        assert expected in found
+    assert len(report.problems) == 4 and report.images == {"train": 120, "val": 41}
+    (lists / "train_aug.txt").write_text("a -1\n")
+    (root / "classes.txt").write_text("\n".join("abcdefghijklm"))
+    found = "\n".join(inspect(VocDataset(root)).problems)
+    assert "train_aug.txt: expected ids of images" in found and "class 13 would never be tested" in found

@@ -64,10 +64,15 @@ class EpisodeSampler:
         asked = {c for of_image in images.values() for c in (*of_image.listed, *of_image.drawn)}
         few: dict[int, int] = {c: len(self.by_class.get(c, [])) for c in sorted(asked)}
         few = {c: count for c, count in few.items() if count <= shots}
-        if few or not self.images:
+        if not self.images:
+            raise UserError(
+                f"fold {fold}: expected images of its {'base' if training else 'novel'} classes, got none at all; "
+                "check lists and labels with `python -m pipelines.check_data`"
+            )
+        if few:
             raise UserError(
                 f"fold {fold}: expected at least {shots + 1} images of every class for {shots}-shot episodes, "
-                f"got {few or 'no image at all'}; use fewer shots or more images"
+                f"got {few}; use fewer shots or more images"
             )
         self.classes = {image_id: of_image.drawn for image_id, of_image in images.items()}
         self.digest = hashlib.sha256(json.dumps(list(images.items())).encode()).hexdigest()[:8]

@@ -27,9 +27,7 @@ def parse_ids(place: str, data: bytes) -> list[str]:
     seen: dict[str, int] = {}
     for number, image_id in ids or []:
         if image_id in seen:
-            raise UserError(
-                f"{place}: line {number}: {image_id} is listed in line {seen[image_id]} already; remove one"
-            )
+            raise UserError(f"{place}: line {number}: {image_id} is in line {seen[image_id]} already; remove one")
         seen[image_id] = number
     if not seen:
         raise UserError(f"{place}: expected ids of images, one a line, got none")

@@ -15,6 +15,7 @@ from fsdino.errors import DataWarning, UserError
 from fsdino.preprocess import Source, decoded
 
 WHOLE_SHARE = 0.9  # of the image, above which a mask is more likely inverted than an object
+CLASSES_SHOWN = 64  # in one image; of more values some are a soft edge's, or a JPEG's
 FLAT_SHARE = 0.5  # of the values between the extremes, above which they are class numbers and no soft edge
 
 
@@ -147,7 +148,7 @@ def _object(path: Source, values: Int[np.ndarray, "h w"], is_palette: bool) -> B
         return values > 0
     if len(levels) == 2 and (levels[0] == 0 or not is_palette):
         return values == levels[1]
-    if is_palette or _flat(values):
+    if is_palette or (len(levels) <= CLASSES_SHOWN and _flat(values)):
         named = ", ".join(map(str, levels[levels > 0][:12])) + (", ..." if len(levels) > 13 else "")
         raise UserError(f"{path}: expected a mask of one object, got values {named}; choose one with --mask-value")
     between = int(((values > levels[0]) & (values < levels[-1])).sum())

@@ -29,8 +29,8 @@ class VocDataset(Dataset):
     """Images, labels and folds of one root."""
 
     def __init__(self, root: Source):
-        self.root = UPath(root)
-        with reachable(self.root):
+        with reachable(root):
+            self.root = UPath(root)
             if not (self.root / "ImageSets" / "Segmentation").is_dir():
                 raise UserError(
                     f"{self.root}: expected a data set in VOC's layout, found no ImageSets/Segmentation; "
