@@ -8,12 +8,13 @@ import math
 
 import torch
 from jaxtyping import Float
-from segment_anything.modeling import TwoWayTransformer
-from segment_anything.modeling.common import LayerNorm2d
-from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
 from fsdino import paper
+from fsdino.lean import sam_modeling
+
+_sam = sam_modeling()
+LayerNorm2d, MLP, TwoWayTransformer = _sam.common.LayerNorm2d, _sam.mask_decoder.MLP, _sam.TwoWayTransformer
 
 
 class PositionalEncoding(nn.Module):

@@ -107,6 +107,9 @@ class Run:
             batch = unsent.points[:METRIC_LIMIT]
             self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
             del unsent.points[: len(batch)]
+        if unsent.status:
+            self.client.set_terminated(self.run_id, unsent.status)
+            unsent.status = ""
         with tempfile.TemporaryDirectory() as folder:
             for name, data in list(unsent.pictures.items()):
                 path = Path(folder) / Path(name).name
@@ -120,9 +123,6 @@ class Run:
                     (Path(folder) / file).write_bytes(published.read(file))
                 self.client.log_artifacts(self.run_id, folder, name)
             del unsent.folders[name]
-        if unsent.status:
-            self.client.set_terminated(self.run_id, unsent.status)
-            unsent.status = ""
 
 
 @contextmanager
@@ -161,17 +161,18 @@ def deliver(tracking_uri: str, outbox: Outbox) -> bool:
     except (MlflowException, Fault) as error:
         note(f"MLflow at {redacted(tracking_uri)} still lacks data of a run ({first_line(error)}); rerun to send it")
         return False
-    unsent.status = unsent.status or "FINISHED"
     run = Run(tracking_uri, unsent.run_id, outbox)
     run.unsent = unsent
-    return run.end()
+    run.flush(at_once=True)
+    outbox.write(run.unsent)
+    return not run.unsent
 
 
 def close(tracking_uri: str, run_id: str, outbox: Outbox) -> bool:
     """Mark a run finished that a kill or a dead server left open, and send what is missing; a run that this server does
     not know is left alone. Whether all was sent."""
-    if outbox.waiting():
-        return deliver(tracking_uri, outbox)
+    if outbox.waiting() and not deliver(tracking_uri, outbox):
+        return False
     try:
         known = client(tracking_uri)
         if _knows(known, run_id) and known.get_run(run_id).info.status != "FINISHED":

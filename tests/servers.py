@@ -3,6 +3,7 @@
 import http.client
 import os
 import random
+import signal
 import socket
 import struct
 import subprocess
@@ -11,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -42,6 +43,27 @@ def s3_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
+        server.wait()
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
+    """MLflow's server on a SQLite file in the folder, as a process of its own."""
+    database = f"sqlite:///{folder / 'server.db'}"
+    line = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    line += ["--backend-store-uri", database, "--artifacts-destination", str(folder / "artifacts")]
+    with open(folder / "server.log", "a") as log:
+        server = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield server
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
@@ -86,6 +108,7 @@ class FaultProxy:
     def __init__(self, upstream: str, share: float, seed: int = 0, slow_s: float = 1.5):
         self.host, self.share, self.slow_s = upstream.removeprefix("http://"), share, slow_s
         self.answer_all: int | None = None
+        self.refused_path: str | None = None
         self.injected: Counter[str] = Counter()
         self._random, self._lock = random.Random(seed), threading.Lock()
         proxy = self
@@ -128,6 +151,9 @@ class FaultProxy:
             return fault
 
     def handle(self, request: BaseHTTPRequestHandler) -> None:
+        if self.answer_all is None and self.refused_path is not None and self.refused_path in request.path:
+            request.rfile.read(int(request.headers.get("Content-Length", 0)))
+            return self.answer(request, 403, [], b'{"error_code": "PERMISSION_DENIED", "message": "not yours"}')
         if self.answer_all is not None:
             request.rfile.read(int(request.headers.get("Content-Length", 0)))
             return self.answer(request, self.answer_all, [], b"<Error><Code>AccessDenied</Code></Error>")

@@ -1,0 +1,157 @@
+"""A tracking server that dies, refuses or comes back: no work is lost to it, and a rerun sends what is missing."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from feature_store.lock import locked
+from feature_store.storage import open_folder
+from fsdino.errors import Fault, UserError
+from fsdino.segmenter import Segmenter
+from pipelines import tracking
+from pipelines.outbox import Outbox
+from tests.conftest import FOLD, ROOT, TRAINED, flags, run
+from tests.servers import FaultProxy, free_port, mlflow_server
+
+PICTURE = Image.new("RGB", (8, 8), "red")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A proxy before a real server, which can fail or refuse."""
+    port = free_port()
+    with mlflow_server(tmp_path_factory.mktemp("mlflow"), port), FaultProxy(f"http://127.0.0.1:{port}", 0) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(server):
+    server.answer_all = server.refused_path = None
+    yield server
+    server.answer_all = server.refused_path = None
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(tracking, "PAUSE_SECONDS", 0.0)
+
+
+def logged(uri, run_id):
+    client = tracking.MlflowClient(uri)
+    found = client.get_run(run_id)
+    artifacts = [a.path for folder in ("panels", "segmenter") for a in client.list_artifacts(run_id, folder)]
+    return {m.step: m.value for m in client.get_metric_history(run_id, "loss")}, artifacts, found.info.status
+
+
+def test_a_server_that_stops_in_the_middle_costs_seconds_and_gets_everything_later(proxy, tmp_path, capsys):
+    outbox = Outbox(str(tmp_path))
+    with tracking.running(proxy.address, "train", "cut", {"lr": 1}, outbox=outbox) as one:
+        one.log(1, loss=3.0)
+        one.flush()
+        proxy.answer_all = 503
+        started = time.monotonic()
+        one.log(2, loss=2.0)
+        one.flush()
+        one.log(3, loss=1.0)
+        one.picture(PICTURE, "panels/training.png")
+        one.keep()
+        assert time.monotonic() - started < 30
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(said) == 1 and "a rerun of the command sends what is missing" in said[0]
+    assert outbox.waiting() and not tracking.deliver(proxy.address, outbox) and outbox.waiting()
+    proxy.answer_all = None
+    assert tracking.deliver(proxy.address, outbox) and not outbox.waiting()
+    assert logged(proxy.address, one.run_id) == ({1: 3.0, 2: 2.0, 3: 1.0}, ["panels/training.png"], "FINISHED")
+
+
+def test_a_server_that_refuses_artifacts_still_gets_the_numbers(proxy, tmp_path):
+    proxy.refused_path = "mlflow-artifacts"
+    outbox = Outbox(str(tmp_path))
+    with tracking.running(proxy.address, "train", "refused", {}, outbox=outbox) as one:
+        one.log(1, loss=3.0)
+        one.picture(PICTURE, "panels/training.png")
+    proxy.refused_path = None
+    assert logged(proxy.address, one.run_id) == ({1: 3.0}, [], "FINISHED") and outbox.waiting()
+    assert tracking.deliver(proxy.address, outbox)
+    assert logged(proxy.address, one.run_id) == ({1: 3.0}, ["panels/training.png"], "FINISHED")
+
+
+def test_an_error_in_the_block_is_what_is_raised_even_if_the_server_is_gone(proxy, tmp_path):
+    outbox = Outbox(str(tmp_path))
+    with pytest.raises(ZeroDivisionError), tracking.running(proxy.address, "train", "error", {}, outbox=outbox) as one:
+        proxy.answer_all = 503
+        raise ZeroDivisionError
+    proxy.answer_all = None
+    assert tracking.deliver(proxy.address, outbox)
+    assert logged(proxy.address, one.run_id)[2] == "FAILED"
+
+
+def test_a_server_that_is_not_there_is_a_fault_and_a_wrong_address_a_mistake():
+    with pytest.raises(Fault, match=r"--tracking-uri http://127\.0\.0\.1:9: MLflow does not answer there"):
+        with tracking.running("http://127.0.0.1:9", "train", "none", {}):
+            raise AssertionError("it began")
+    with pytest.raises(UserError, match="--tracking-uri nosuch://x: cannot be opened"):
+        with tracking.running("nosuch://x", "train", "none", {}):
+            raise AssertionError("it began")
+
+
+def test_a_new_database_may_be_opened_by_several_processes_at_once(tmp_path):
+    code = "from pipelines import tracking; tracking.client('sqlite:///%s').search_experiments()" % (tmp_path / "m.db")
+    opened = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    for process in opened:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error[-2000:]
+
+
+def train(places, name, *more):
+    return run("train_episodic", *flags(places), "--fold", FOLD, "--name", name, *more)
+
+
+def test_a_training_whose_server_dies_publishes_its_checkpoint_and_is_complete_after_a_rerun(
+    whole_run, places, proxy, capsys
+):
+    there = {**places, "--tracking-uri": proxy.address}
+    folder = Path(places["--out"]) / TRAINED / "orphan"
+
+    def cut():
+        while not (folder / "run.json").exists():
+            time.sleep(0.02)
+        proxy.answer_all = 503
+
+    watcher = threading.Thread(target=cut)
+    watcher.start()
+    trained = train(there, "orphan")
+    watcher.join()
+    assert trained["loss"] == pytest.approx(whole_run["4d"]["loss"], rel=1e-5)
+    assert Segmenter.load(trained["checkpoint"])[1]["training"]["loss"] == trained["loss"]
+    assert "the work goes on" in capsys.readouterr().err and (folder / "unsent.json").exists()
+    assert train(there, "orphan") == trained and (folder / "unsent.json").exists()  # still dead
+    proxy.answer_all = None
+    assert train(there, "orphan") == trained and not (folder / "unsent.json").exists()
+    client = tracking.MlflowClient(proxy.address)
+    (known,) = client.search_runs([client.get_experiment_by_name("train").experiment_id], "run_name = 'orphan'")
+    losses, artifacts, status = logged(proxy.address, known.info.run_id)
+    assert list(losses) == list(range(1, 11)) and status == "FINISHED"
+    assert artifacts == ["panels/training.png", "segmenter/segmenter.json", "segmenter/segmenter.safetensors"]
+
+
+def test_a_training_that_diverges_stops_at_once_and_publishes_nothing(whole_run, places):
+    with pytest.raises(Fault, match=r"training diverged at step \d+ \(.*\); the last checkpoint before it is kept"):
+        train(places, "diverged", "--lr", 1000, "--decoder-lr", 1000, "--steps", 40)
+    folder = Path(places["--out"]) / TRAINED / "diverged"
+    assert (folder / "run.json").exists() and not (folder / "final").exists()
+
+
+def test_a_second_training_of_one_name_is_told_who_works_there(whole_run, places, tmp_path):
+    folder = Path(places["--out"]) / TRAINED / "twice"
+    with locked(open_folder(str(folder))):
+        with pytest.raises(Exception, match=r"the job of process \d+ on .* works there; wait for it to end"):
+            train(places, "twice")
+    assert not (folder / "run.json").exists()
