@@ -1,12 +1,10 @@
 """Ray Train: a training loop on any number of workers, its checkpoints and resuming, the schedule, the run's record."""
 
 import math
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from feature_store import StoreFault
 from feature_store.lock import locked
@@ -30,6 +27,7 @@ from fsdino.errors import Fault
 from pipelines import cluster, tracking
 from pipelines.outbox import Outbox
 from pipelines.outcome import EXPECTED, ClusterFault, Outcome
+from pipelines.progress import Progress, shown
 from pipelines.recipes import Device, Places, Workers
 from pipelines.runs import RunFolder, flat
 
@@ -120,7 +118,8 @@ def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
     storage_path, storage_filesystem = _storage(absolute(run_folder.folder))
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"task": task},
+        # By reference: the controller would unpickle it, and load all that the loop needs.
+        train_loop_config={"task": ray.put(task)},
         scaling_config=scaling,
         run_config=RunConfig(
             name=run_folder.name,
@@ -131,7 +130,7 @@ def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
         ),
     )
     progress = task.progress
-    with _shown(progress):
+    with shown(progress):
         try:
             with cluster.faults():
                 trainer.fit()
@@ -187,12 +186,13 @@ def _storage(folder: str) -> tuple[str, Any]:
     return root, PyFileSystem(FSSpecHandler(fs))
 
 
-def _work(config: dict[str, Task]) -> None:
+def _work(config: dict[str, Any]) -> None:
     """In a worker: seed, threads and device, then the loop. An expected error is told to the driver.
 
     A place that failed is tried again with new workers; any other expected error would only repeat.
     """
-    task, context = config["task"], ray.train.get_context()
+    task: Task = ray.get(config["task"])
+    context = ray.train.get_context()
     if _lasting(ray.get(task.progress.outcome.remote())).error is not None:
         return
     torch.manual_seed(task.workers.seed)
@@ -221,68 +221,6 @@ def _work(config: dict[str, Task]) -> None:
 def _run(task: Task) -> tracking.Run:
     """MLflow's run, which tells the driver what the user should know."""
     return tracking.Run(task.tracking_uri, task.run_id, task.outbox, lambda text: task.progress.note.remote(text))
-
-
-@ray.remote(num_cpus=0)
-class Progress:
-    """Where a training loop is, and the error that ended it; workers tell it, the driver asks."""
-
-    def __init__(self):
-        self._at: tuple[str, int, int | None] = ("starting workers", 0, None)
-        self._outcome: Outcome[None] = Outcome()
-        self._notes: list[str] = []
-
-    def tell(self, title: str, done: int, total: int) -> None:
-        """Set the title, and the steps done and in all."""
-        self._at = (title, done, total)
-
-    def ask(self) -> tuple[str, int, int | None]:
-        """What was told last."""
-        return self._at
-
-    def note(self, text: str) -> None:
-        """Keep a line for the user."""
-        self._notes.append(text)
-
-    def notes(self) -> list[str]:
-        """Lines for the user that nobody has fetched yet."""
-        fetched, self._notes = self._notes, []
-        return fetched
-
-    def end(self, outcome: Outcome[None]) -> None:
-        """Keep the error of a worker."""
-        self._outcome = outcome
-
-    def outcome(self) -> Outcome[None]:
-        """The last worker's error, if there was one."""
-        return self._outcome
-
-
-@contextmanager
-def _shown(progress: Any) -> Iterator[None]:
-    """A progress bar on this terminal while the block runs."""
-    stop = threading.Event()
-
-    def show() -> None:
-        with tqdm(unit="step", file=sys.stderr) as bar:
-            while not stop.wait(1):
-                title, done, total = ray.get(progress.ask.remote())
-                if title != bar.desc.removesuffix(": "):
-                    bar.reset(total)
-                    bar.set_description(title, refresh=False)
-                bar.update(done - bar.n)
-                for text in ray.get(progress.notes.remote()):
-                    bar.write(f"note: {text}", file=sys.stderr)
-        for text in ray.get(progress.notes.remote()):
-            tracking.note(text)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:

@@ -1,0 +1,77 @@
+"""Where a training loop is, told by workers and shown by the driver.
+
+The actor has a process of its own, so this module imports neither torch nor MLflow.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from pipelines.outcome import Outcome
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """Where a training loop is, and the error that ended it; workers tell it, the driver asks."""
+
+    def __init__(self):
+        self._at: tuple[str, int, int | None] = ("starting workers", 0, None)
+        self._outcome: Outcome[None] = Outcome()
+        self._notes: list[str] = []
+
+    def tell(self, title: str, done: int, total: int) -> None:
+        """Set the title, and the steps done and in all."""
+        self._at = (title, done, total)
+
+    def ask(self) -> tuple[str, int, int | None]:
+        """What was told last."""
+        return self._at
+
+    def note(self, text: str) -> None:
+        """Keep a line for the user."""
+        self._notes.append(text)
+
+    def notes(self) -> list[str]:
+        """Lines for the user that nobody has fetched yet."""
+        fetched, self._notes = self._notes, []
+        return fetched
+
+    def end(self, outcome: Outcome[None]) -> None:
+        """Keep the error of a worker."""
+        self._outcome = outcome
+
+    def outcome(self) -> Outcome[None]:
+        """The last worker's error, if there was one."""
+        return self._outcome
+
+
+@contextmanager
+def shown(progress: Any) -> Iterator[None]:
+    """A progress bar on this terminal while the block runs."""
+    stop = threading.Event()
+
+    def show() -> None:
+        with tqdm(unit="step", file=sys.stderr) as bar:
+            while not stop.wait(1):
+                title, done, total = ray.get(progress.ask.remote())
+                if title != bar.desc.removesuffix(": "):
+                    bar.reset(total)
+                    bar.set_description(title, refresh=False)
+                bar.update(done - bar.n)
+                for text in ray.get(progress.notes.remote()):
+                    bar.write(f"note: {text}", file=sys.stderr)
+        for text in ray.get(progress.notes.remote()):
+            print(f"note: {text}", file=sys.stderr)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
