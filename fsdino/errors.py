@@ -8,6 +8,13 @@ class UserError(Exception):
     """A mistake in what the user gave: its one line says what, where, expected, got, and the cure."""
 
 
+class DataError(UserError):
+    """A mistake in a data set, of which there may be more."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} (`python -m pipelines.check_data` lists all that is wrong)"
+
+
 class Fault(Exception):
     """Something failed that the caller did not get wrong, and may work on another try; one line as well."""
 

@@ -101,6 +101,20 @@ def test_photographs_and_masks_may_be_files(predictor, tmp_path):
     assert predictor.segment([files]).masks.shape == (1, 48, 90)
 
 
+def test_void_in_a_mask_is_no_background(predictor):
+    void = MASK.copy()
+    void[MASK == 255] = 1
+    void[:, 72:] = 255
+    late = predictor._features([PHOTO]).late[None]
+    shares = [F.adaptive_avg_pool2d(torch.from_numpy(void == v).float()[None], 5)[None] for v in (1, 255)]
+    expected = predictor.segmenter.encode_support(late, *shares)
+    for one, other in zip(predictor.register([PHOTO], [void]).support, expected, strict=True):
+        assert one is other is None or torch.allclose(one, other, atol=1e-5)
+    for wrong, said in ((np.full_like(MASK, 7), "100% object"), (np.arange(90) % 9 * np.ones_like(MASK), "one value")):
+        with pytest.raises(UserError, match=said):
+            predictor.register([PHOTO], [wrong])
+
+
 def test_mistakes_are_told_in_one_line(predictor, tmp_path):
     cat = predictor.register([PHOTO], [MASK], "cat")
     other = ClassEncoding("cat", 1, cat.support, "another")

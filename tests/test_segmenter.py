@@ -63,6 +63,25 @@ def test_copies_of_one_support_equal_one_shot(variant):
     torch.testing.assert_close(one.mask_logits, five.mask_logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("contrast", [True, False])
+def test_void_is_neither_the_class_nor_its_background(contrast):
+    config = dataclasses.replace(SMALL, contrast=contrast, support_weights="share")
+    model = Segmenter(config, SHAPE).eval()
+    late, masks, _, _ = small_batch()
+    void = torch.zeros_like(masks)
+    for one, other in zip(model.encode_support(late, masks, void), model.encode_support(late, masks), strict=True):
+        torch.testing.assert_close(one, other)
+    void[..., :, 25:] = 1  # whole positions of the grid, beside the object
+    changed = late.clone()
+    changed[..., -1] += 5
+    known = model.encode_support(late, masks, void)
+    for one, other in zip(known, model.encode_support(changed, masks, void), strict=True):
+        torch.testing.assert_close(one, other)
+    if contrast:
+        plain = model.encode_support(late, masks)
+        assert not torch.allclose(known.prototype, plain.prototype) and not torch.allclose(known.kernel, plain.kernel)
+
+
 @pytest.mark.parametrize("variant", ["compact", "4d"])
 @pytest.mark.parametrize("sam_decoder", ["sam_vit_h", None])
 @pytest.mark.parametrize("semantic_prompt", [True, False])

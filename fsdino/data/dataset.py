@@ -16,7 +16,7 @@ from upath import UPath
 
 from fsdino import paper
 from fsdino.data.folds import novel_classes
-from fsdino.errors import UserError, reachable
+from fsdino.errors import DataError, reachable
 from fsdino.preprocess import orientation, read_image
 from fsdino.weights import cache_folder
 
@@ -69,7 +69,7 @@ class Dataset(ABC):
     def labels(self, split: Split) -> dict[str, "LabelSummary"]:
         """What the labels of a split hold; kept in the cache, keyed by list and label times.
 
-        Raises UserError for a label with classes that the data set does not have.
+        Raises DataError for a label with classes that the data set does not have.
         """
         ids = self.ids(split)
         with ThreadPoolExecutor(16) as pool:
@@ -88,14 +88,14 @@ class Dataset(ABC):
         return labels
 
     def summary(self, image_id: str) -> "LabelSummary":
-        """What a label holds. Raises UserError for classes that the data set does not have."""
+        """What a label holds. Raises DataError for classes that the data set does not have."""
         label = self.label(image_id)
         counts = np.bincount(label.ravel(), minlength=256)
         beyond = [c for c in np.flatnonzero(counts) if len(self.class_names) < c < paper.VOID]
         if beyond:
-            raise UserError(
+            raise DataError(
                 f"{self.label_source(image_id)}: expected classes 0 to {len(self.class_names)} and 255, got "
-                f"{', '.join(map(str, beyond[:8]))}; correct the label, or name all classes in classes.txt ({CHECK})"
+                f"{', '.join(map(str, beyond[:8]))}; correct the label, or name all classes in classes.txt"
             )
         height, width = label.shape
         return LabelSummary((width, height), {c: int(counts[c]) for c in self.class_ids if counts[c]})
@@ -122,7 +122,7 @@ class LabelSummary(NamedTuple):
 
 
 def check_label_sizes(dataset: Dataset, split: Split, photographs: Mapping[str, tuple[int, int]]) -> None:
-    """Raise UserError if labels are not of their photographs' sizes; `photographs` are (width, height) by image id.
+    """Raise DataError if labels are not of their photographs' sizes; `photographs` are (width, height) by image id.
 
     A label of another size would be stretched onto its photograph, one that is turned crushed.
     """
@@ -132,14 +132,11 @@ def check_label_sizes(dataset: Dataset, split: Split, photographs: Mapping[str, 
         first = differing[0]
         (width, height), label = photographs[first], labels[first].size
         turned = orientation(dataset.source(first))
-        raise UserError(
+        raise DataError(
             f"{dataset.label_source(first)}: expected the size of its photograph {dataset.source(first)}, "
             f"{width}x{height} (EXIF orientation {turned}), got {label[0]}x{label[1]}; so are {len(differing)} of "
-            f"{len(photographs)} labels; save labels as photographs are shown ({CHECK})"
+            f"{len(photographs)} labels; save labels as photographs are shown"
         )
-
-
-CHECK = "`python -m pipelines.check_data --data PATH` lists all"
 
 
 def open_dataset(place: str) -> Dataset:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fsdino.data.protocols import ImageClasses
-from fsdino.errors import UserError
+from fsdino.errors import DataError
 
 TRAIN, TEST, ORDER = 0, 1, 2
 
@@ -65,12 +65,12 @@ class EpisodeSampler:
         few: dict[int, int] = {c: len(self.by_class.get(c, [])) for c in sorted(asked)}
         few = {c: count for c, count in few.items() if count <= shots}
         if not self.images:
-            raise UserError(
+            raise DataError(
                 f"fold {fold}: expected images of its {'base' if training else 'novel'} classes, got none at all; "
-                "check lists and labels with `python -m pipelines.check_data`"
+                "check lists and labels"
             )
         if few:
-            raise UserError(
+            raise DataError(
                 f"fold {fold}: expected at least {shots + 1} images of every class for {shots}-shot episodes, "
                 f"got {few}; use fewer shots or more images"
             )

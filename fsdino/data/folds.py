@@ -1,6 +1,6 @@
 """Which classes a fold tests."""
 
-from fsdino.errors import UserError
+from fsdino.errors import DataError, UserError
 
 
 def novel_classes(fold: int, num_classes: int, num_folds: int = 4) -> list[int]:
@@ -10,7 +10,7 @@ def novel_classes(fold: int, num_classes: int, num_folds: int = 4) -> list[int]:
     """
     if num_classes % num_folds:
         untested = num_classes // num_folds * num_folds + 1
-        raise UserError(
+        raise DataError(
             f"{num_classes} classes in {num_folds} folds: class {untested} would never be tested; name a number of "
             f"classes that {num_folds} divides"
         )

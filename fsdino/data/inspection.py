@@ -35,7 +35,7 @@ def inspect(dataset: Dataset) -> Report:
         try:
             listed[split] = dataset.ids(split)
         except UserError as error:
-            report.problems.append(str(error))
+            report.problems.append(error.args[0])
             continue
         report.images[split] = len(listed[split])
         counts = report.per_class[split] = dict.fromkeys(dataset.class_names, 0)
@@ -68,11 +68,11 @@ def _of_image(dataset: Dataset, image_id: str) -> _Found:
     try:
         size = dataset.image(image_id).size
     except UserError as error:
-        found.problems.append(str(error))
+        found.problems.append(error.args[0])
     try:
         label = dataset.label(image_id)
     except UserError as error:
-        found.problems.append(str(error))
+        found.problems.append(error.args[0])
     if label is None:
         return found
     if size is not None and label.shape != size[::-1]:
@@ -101,7 +101,7 @@ def _of_folds(dataset: Dataset, tested: dict[str, int]) -> Iterator[str]:
         for fold in range(dataset.num_folds):
             dataset.novel(fold)
     except UserError as error:
-        yield f"{dataset.root}: {error}"
+        yield f"{dataset.root}: {error.args[0]}"
     for name, count in tested.items():
         if count < 2:
             yield f"{dataset.root}: class {name} is in {count} test images; an episode needs a query and a support"

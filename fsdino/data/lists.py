@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-from fsdino.errors import UserError
+from fsdino.errors import DataError
 from fsdino.preprocess import SUFFIXES
 
 Line = tuple[int, str]
@@ -16,7 +16,7 @@ def parse_ids(place: str, data: bytes) -> list[str]:
     """Ids of a list, in its order. One entry a line, all of one form: an id; a path to the image; a path to the image
     and one to its label; or an id and VOC's flag, where -1 means that the image is not in the list.
 
-    Ids may hold spaces; line ends, blank lines, byte-order marks and UTF-16 are understood. Raises UserError with the
+    Ids may hold spaces; line ends, blank lines, byte-order marks and UTF-16 are understood. Raises DataError with the
     line's number for what is not, and for an id that comes twice.
     """
     lines = _lines(place, data)
@@ -27,26 +27,26 @@ def parse_ids(place: str, data: bytes) -> list[str]:
     seen: dict[str, int] = {}
     for number, image_id in ids or []:
         if image_id in seen:
-            raise UserError(f"{place}: line {number}: {image_id} is in line {seen[image_id]} already; remove one")
+            raise DataError(f"{place}: line {number}: {image_id} is in line {seen[image_id]} already; remove one")
         seen[image_id] = number
     if not seen:
-        raise UserError(f"{place}: expected ids of images, one a line, got none")
+        raise DataError(f"{place}: expected ids of images, one a line, got none")
     return list(seen)
 
 
 def parse_classes(place: str, data: bytes) -> list[str]:
-    """Names of classes, from class 1, one a line. Raises UserError with the line's number for a blank line between
+    """Names of classes, from class 1, one a line. Raises DataError with the line's number for a blank line between
     two names, or for a name that comes twice."""
     lines = _lines(place, data)
     names: list[str] = []
     for position, (number, name) in enumerate(lines, start=1):
         if number != position:
-            raise UserError(f"{place}: line {position}: expected the name of class {position}, got a blank line")
+            raise DataError(f"{place}: line {position}: expected the name of class {position}, got a blank line")
         if name in names:
-            raise UserError(f"{place}: line {number}: {name} is the name of class {names.index(name) + 1} already")
+            raise DataError(f"{place}: line {number}: {name} is the name of class {names.index(name) + 1} already")
         names.append(name)
     if not names:
-        raise UserError(f"{place}: expected names of classes, one a line, got none")
+        raise DataError(f"{place}: expected names of classes, one a line, got none")
     return names
 
 
@@ -57,12 +57,12 @@ def _lines(place: str, data: bytes) -> list[Line]:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         number = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{place}: line {number}: expected UTF-8, got other bytes; save the list as UTF-8") from None
+        raise DataError(f"{place}: line {number}: expected UTF-8, got other bytes; save the list as UTF-8") from None
     visible = ((number, _visible(line)) for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1))
     found = [(number, line) for number, line in visible if line]
     for number, line in found:
         if any(unicodedata.category(c) in ("Cc", "Cf") for c in line.replace("\t", " ")):
-            raise UserError(f"{place}: line {number}: {line!r} holds characters that cannot be seen; remove them")
+            raise DataError(f"{place}: line {number}: {line!r} holds characters that cannot be seen; remove them")
     return found
 
 
@@ -79,7 +79,7 @@ def _flagged(place: str, lines: list[Line]) -> list[Line] | None:
         return None
     for number, line, match in matches:
         if match is None:
-            raise UserError(f"{place}: line {number}: expected an id and a flag of -1, 0 or 1, as above, got {line!r}")
+            raise DataError(f"{place}: line {number}: expected an id and a flag of -1, 0 or 1, as above, got {line!r}")
     return [(number, match[1]) for number, _, match in matches if match and match[2] != ABSENT]
 
 
@@ -91,10 +91,10 @@ def _paired(place: str, lines: list[Line]) -> list[Line] | None:
     for number, line in lines:
         image, *label = line.split()
         if not _image_path(image) or len(label) > 1:
-            raise UserError(f"{place}: line {number}: expected an image's path and a label's, as above, got {line!r}")
+            raise DataError(f"{place}: line {number}: expected an image's path and a label's, as above, got {line!r}")
         image_id = _stem(image)
         if label and _stem(label[0]) != image_id:
-            raise UserError(
+            raise DataError(
                 f"{place}: line {number}: expected a label called {image_id}, got {label[0]}; give it the image's name"
             )
         ids.append((number, image_id))
@@ -105,7 +105,7 @@ def _plain(place: str, lines: list[Line]) -> list[Line]:
     """Ids as they are."""
     for number, line in lines:
         if line.startswith("/") or ".." in line.split("/") or "\t" in line:
-            raise UserError(f"{place}: line {number}: expected an id, a path to an image, or a pair, got {line!r}")
+            raise DataError(f"{place}: line {number}: expected an id, a path to an image, or a pair, got {line!r}")
     return lines
 
 

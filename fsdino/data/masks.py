@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageOps
 
 from fsdino import paper
-from fsdino.errors import DataWarning, UserError
+from fsdino.errors import DataError, DataWarning, UserError
 from fsdino.preprocess import Source, decoded
 
 WHOLE_SHARE = 0.9  # of the image, above which a mask is more likely inverted than an object
@@ -22,7 +22,7 @@ FLAT_SHARE = 0.5  # of the values between the extremes, above which they are cla
 def read_label(path: Source) -> UInt8[np.ndarray, "h w"]:
     """A label image as class numbers; a palette image gives its indices. 255 is void.
 
-    A label in VOC's colours is mapped back to numbers. Raises UserError if the file is missing, unreadable, has class
+    A label in VOC's colours is mapped back to numbers. Raises DataError if the file is missing, unreadable, has class
     numbers above 255, or has other colours.
     """
     image = decoded(path)
@@ -32,15 +32,15 @@ def read_label(path: Source) -> UInt8[np.ndarray, "h w"]:
         numbers = np.asarray(image)
         if numbers.min() < 0 or numbers.max() > paper.VOID:
             wrong = int(numbers.min() if numbers.min() < 0 else numbers.max())
-            raise UserError(
+            raise DataError(
                 f"{path}: expected class numbers 0 to 255, got {wrong}; save a class per number, not an instance"
             )
         return numbers.astype(np.uint8)
     if image.mode == "F":
-        raise UserError(f"{path}: expected a label of class numbers, got floats; save it as 8-bit greyscale")
+        raise DataError(f"{path}: expected a label of class numbers, got floats; save it as 8-bit greyscale")
     alpha, pixels = _alpha(image), np.asarray(image.convert("RGB"))
     if alpha is not None and np.ptp(alpha):
-        raise UserError(f"{path}: expected a label of class numbers, got transparency; save it as 8-bit greyscale")
+        raise DataError(f"{path}: expected a label of class numbers, got transparency; save it as 8-bit greyscale")
     return _numbers_of_colours(path, pixels)
 
 
@@ -192,7 +192,7 @@ def _alpha(image: Image.Image) -> Int[np.ndarray, "h w"] | None:
 
 
 def _numbers_of_colours(path: Source, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
-    """Class numbers of a label in VOC's colours, or of three equal channels. Raises UserError for other colours."""
+    """Class numbers of a label in VOC's colours, or of three equal channels. Raises DataError for other colours."""
     levels, positions = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
     if _known(levels).all():
         numbers = np.array([_VOC_NUMBERS[tuple(level)] for level in levels.tolist()], np.uint8)
@@ -200,7 +200,7 @@ def _numbers_of_colours(path: Source, pixels: UInt8[np.ndarray, "h w 3"]) -> UIn
         numbers = levels[:, 0]
     else:
         strange = tuple(levels[~_known(levels)][0].tolist())
-        raise UserError(
+        raise DataError(
             f"{path}: expected class numbers or VOC's colours, got the colour {strange}; replace each colour by its "
             "class number and save one channel (converting to greyscale would make other numbers)"
         )

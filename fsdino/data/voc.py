@@ -15,7 +15,7 @@ from upath import UPath
 from fsdino.data.dataset import Dataset, Split
 from fsdino.data.lists import parse_classes, parse_ids
 from fsdino.data.masks import read_label
-from fsdino.errors import UserError, reachable
+from fsdino.errors import DataError, UserError, reachable
 from fsdino.preprocess import SUFFIXES, Source
 
 VOC_CLASSES = (
@@ -49,7 +49,7 @@ class VocDataset(Dataset):
                 try:
                     self._ids[split] = parse_ids(str(path), path.read_bytes())
                 except FileNotFoundError:
-                    raise UserError(
+                    raise DataError(
                         f"{path}: expected the list of {split} images, found none; VOC's layout needs it"
                     ) from None
         return list(self._ids[split])
