@@ -1,4 +1,4 @@
-"""One job to a store, or to a run's folder: the second one is told who works there.
+"""One job to a store, or to a run's folder: the second one is told who is working there.
 
 On file systems and S3 it is exclusive, elsewhere as far as the driver goes. Should two jobs meet all the same, readers
 check every sample against the manifest's checksum.
@@ -34,7 +34,7 @@ class Lock:
         """Raise StoreError if the lock is no longer ours."""
         if self.lost_to is not None:
             raise StoreError(
-                f"{self.folder.url}: {self.lost_to} took the place over, because this job gave no sign of life for "
+                f"{self.folder.url}: {self.lost_to} took over this folder, because this job gave no sign of life for "
                 f"{STALE_SECONDS:.0f} s; let that one finish"
             )
 
@@ -62,7 +62,7 @@ def locked(folder: Folder) -> Iterator[Lock]:
         if holder is not None:
             if _alive(holder):
                 raise StoreError(
-                    f"{folder.url}: {_name(holder)} works there; wait for it to end, or stop it (a job that "
+                    f"{folder.url}: {_name(holder)} is working there; wait for it to end, or stop it (a job that "
                     f"was killed on another machine counts as gone after {STALE_SECONDS:.0f} s)"
                 )
             folder.delete(layout.LOCK)

@@ -56,9 +56,9 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row], grown: bool 
     if layout.ARRAY not in there:  # after the plan: its presence means "created"
         folder.write(layout.ARRAY, [array])
     elif (kept := _without_versions(folder.read(layout.ARRAY))) != _without_versions(array):
-        if kept | {"shape": None} != _without_versions(array) | {"shape": None}:
+        # An extension was killed, or is at work, between plan and array.
+        if not grown or kept | {"shape": None} != _without_versions(array) | {"shape": None}:
             raise DamagedFile(url, layout.ARRAY)
-        folder.write(layout.ARRAY, [array])  # an extension was killed between plan and array
     writer = ShardWriter(url)
     if writer.build_id != build_id(fingerprint, planned):
         raise StoreError(f"{url}: another job created a different store there just now; rerun the command")
@@ -69,9 +69,12 @@ def extend(writer: "ShardWriter", rows: Sequence[Row]) -> "ShardWriter":
     """The store with the rows that it lacks behind its own; its full shards stay done, and only its last one, if it was
     part full, becomes missing. The caller holds the store's lock; killed, it may be called again."""
     absent = writer.lacks(rows)
-    if not absent:
-        return writer
     grown = [*writer.rows, *absent]
+    array = _array_bytes(writer.fingerprint, len(grown))
+    if not absent:
+        if writer.shape[0] != len(grown):  # killed between plan and array
+            writer.folder.write(layout.ARRAY, [array])
+        return ShardWriter(writer.url)
     build, folder = build_id(writer.fingerprint, grown), writer.folder
     missing = set(writer.missing())
     full = [shard for shard in range(len(writer.rows) // layout.ROWS_PER_SHARD) if shard not in missing]
@@ -83,7 +86,7 @@ def extend(writer: "ShardWriter", rows: Sequence[Row]) -> "ShardWriter":
     with ThreadPoolExecutor(IO_THREADS) as pool:
         list(pool.map(keep, full))
     folder.write(layout.PLAN, [manifest.plan_bytes(grown)])
-    folder.write(layout.ARRAY, [_array_bytes(writer.fingerprint, len(grown))])
+    folder.write(layout.ARRAY, [array])
     return ShardWriter(writer.url)
 
 
@@ -154,14 +157,14 @@ class ShardWriter:
         """Write a whole shard, features of shape (rows, grid, grid, channels), then its marker. Returns the bytes.
 
         `sizes` are the original images' (width, height). `quarantine` maps the position of an image that could not be
-        used to the reason; whatever `features` hold for it, NaN is stored (int8: zeros). `stamps` tell whether a source
-        has changed since. Writing a shard again gives
-        the same bytes. Raises StoreError if the shape is wrong or a value is not finite in the stored dtype.
+        used to the reason; whatever `features` hold for it, NaN is stored (int8: zeros). `stamps` tell of each row
+        whether its source has changed since. Writing a shard again gives the same bytes. Raises StoreError if the shape
+        is wrong or a value is not finite in the stored dtype.
         """
         quarantine = {slot: text(reason) for slot, reason in (quarantine or {}).items()}
         rows = layout.shard_rows(shard, len(self.rows))
         expected = (len(rows), *self.shape[1:-1], self.fingerprint.channels)
-        if features.shape != expected or len(sizes) != len(rows):
+        if features.shape != expected or len(sizes) != len(rows) or len(stamps) not in (0, len(rows)):
             raise StoreError(f"{self.url}: shard {shard}: expected features of shape {expected}, got {features.shape}")
         stored = np.stack([self._stored(rows[i], sample, i in quarantine) for i, sample in enumerate(features)])
         samples = [memoryview(sample.reshape(-1).view(np.uint8)) for sample in stored]

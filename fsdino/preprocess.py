@@ -2,6 +2,7 @@
 
 import errno
 import io
+import re
 import warnings
 import zipfile
 import zlib
@@ -103,7 +104,7 @@ def _is_deep_colour(image: Image.Image) -> bool:
     bits = getattr(image, "tag_v2", {}).get(258, ())  # TIFF's BitsPerSample
     raw = str([tile[3] for tile in getattr(image, "tile", ())])  # a PNG's is RGB;16B
     several = image.mode not in ("F", "I") and not image.mode.startswith("I;")
-    return several and ((len(bits) > 1 and max(bits) > 8) or ";16" in raw)
+    return several and ((len(bits) > 1 and max(bits) > 8) or re.search(";16[BLN]", raw) is not None)
 
 
 def _bytes(path: Source) -> bytes:

@@ -35,6 +35,8 @@ class Location:
     """A path or URL that is read, or also written; a path becomes absolute, as workers have folders of their own."""
 
     written: bool = False
+    local: bool = False
+    """Whether it must be a path of this machine."""
     hub: bool = False
     """Whether hf:ORGANISATION/NAME is one too."""
 
@@ -47,6 +49,8 @@ class Location:
                 f"{flag} {redacted(value)}: expected a URL without credentials or a query; put credentials into the "
                 "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
             )
+        if self.local and is_url(value):
+            raise UserError(f"{flag} {value}: expected a path of this machine, got a URL")
         if "\0" in value:
             raise UserError(f"{flag}: expected a path, got one with a null byte")
         place = absolute(value)
@@ -81,9 +85,13 @@ class Tracking:
 def check_writable(flag: str, path: str) -> None:
     """Raise UserError if a folder is not there and could not be made there, or if nothing may be written in it."""
     there = Path(path)
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        folder = there.is_dir()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: expected a path, got: {error.strerror}") from None
+    if not folder:
         raise UserError(f"{flag} {path}: expected a folder, but {there} is a file; choose another")
     if not os.access(there, os.W_OK | os.X_OK) or _pseudo(there):
         raise UserError(f"{flag} {path}: expected a folder that can be written, but {there} cannot; choose another")
@@ -139,6 +147,8 @@ Place = Annotated[str, Location()]
 """A path or URL that is read."""
 Output = Annotated[str, Location(written=True)]
 """A path or URL of a folder that is written."""
+Folder = Annotated[str, Location(written=True, local=True)]
+"""A folder of this machine that is written."""
 Weights = Annotated[str, Location(hub=True)]
 """A weights file, or one on the hub."""
 TrackingUri = Annotated[str, Tracking()]

@@ -46,11 +46,6 @@ def main(
     warnings.simplefilter("always", DataWarning)
     try:
         result = call(settings_type, job, sys.argv[1:] if argv is None else argv)
-        line = json.dumps(result, allow_nan=False)
-    except ValueError as error:
-        if "JSON" not in str(error):
-            raise
-        _fail(f"the result holds a number that is not finite, which is not JSON ({error})", 1)
     except (UserError, StoreError, Fault) as error:
         _fail(error, 1 if isinstance(error, (StoreFault, Fault)) else 2)
     except (OSError, MemoryError) as error:  # a disk, a network, a memory that failed where nobody expected it
@@ -58,6 +53,10 @@ def main(
     except KeyboardInterrupt:
         print("stopped; rerun the command to resume", file=sys.stderr)
         sys.exit(130)
+    try:
+        line = json.dumps(result, allow_nan=False)
+    except ValueError as error:
+        _fail(f"the result holds a number that is not finite, which is not JSON ({error})", 1)
     print(redacted_text(line), flush=True)
     if failed(result):
         sys.exit(1)

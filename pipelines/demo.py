@@ -14,7 +14,7 @@ from typing import Any
 
 from fsdino.errors import UserError
 from pipelines import sequence
-from pipelines.checks import Count, Few, Fold, Output, Seed
+from pipelines.checks import Count, Few, Fold, Folder, Seed
 from pipelines.cli import main
 from pipelines.recipes import Device, Distillation, offline_recipe
 from pipelines.sequence import Step, Study, score_title
@@ -26,7 +26,7 @@ RES_PX, COARSE_PX = 256, 128
 class Settings:
     """Run the whole pipeline on generated data and show its scores on novel classes."""
 
-    out: Output = "outputs/demo"
+    out: Folder = "outputs/demo"
     """Folder for data, stores, runs, pictures and the log."""
     fold: Fold = 0
     """The fold whose classes are kept for the test: 0 to 3."""

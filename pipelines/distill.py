@@ -52,6 +52,7 @@ def job(settings: Settings) -> dict[str, Any]:
         stores.check_weights(store, early[0].fingerprint.weights)
     teacher = stores.open_teacher(places, dataset.name, settings.teaching.teacher, backbone.res)
     ids = list(stores.without_quarantined(dict.fromkeys(dataset.ids("train")), (teacher, *early)))
+    stores.check_images(ids, teacher, *early)
     held_out, trained = split(ids, settings.workers.seed, distillation.validation_share)
     if len(trained) < distillation.distill_batch:
         raise UserError(
@@ -74,7 +75,11 @@ def job(settings: Settings) -> dict[str, Any]:
         name=checkpoints.distill_name(settings.teaching),
         experiment="distill",
         checkpoint="adapter",
-        identity=identity(stores=[asdict(s.fingerprint) for s in early], **origin),
+        identity=identity(
+            stores=[asdict(s.fingerprint) for s in early],
+            features=[store.content(ids) for store in (*early, teacher)],
+            **origin,
+        ),
         tags={"dataset": dataset.name, **stores.fingerprint_tags(store.fingerprint for store in (*early, teacher))},
     )
     record = run.finished(places.tracking_uri)

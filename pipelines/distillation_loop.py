@@ -96,14 +96,14 @@ class Distiller:
                 r2 = 1 - best_mse / constant
             if done % worker.checkpoint_every == 0 and done < steps:
                 training.check_finite(done, losses, self.adapter)
-                self.keep()  # a checkpoint must not be ahead of the curves that lead to it
+                self.checkpoint()  # a checkpoint must not be ahead of the curves that lead to it
                 kept: dict[str, Any] = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
                 kept |= {"stage": stage, "step": done, "results": state["results"], "best": best, "best_mse": best_mse}
                 training.save_state(worker.rank, {"stage": stage, "step": done}, **kept)
         (ridge_r2,) = training.from_rank_0(lambda: (self.ridge_r2(store),))
         self.log(steps, steps, res, ridge_r2=ridge_r2)
         training.check_finite(steps, {"val_mse": best_mse}, self.adapter)
-        self.keep()
+        self.checkpoint()
         result = {"res_px": res, "steps": steps, "val_mse": best_mse, "val_r2": r2, "ridge_r2": ridge_r2}
         return {"stage": stage + 1, "step": 0, "results": [*state["results"], result], "adapter": best}
 
@@ -164,10 +164,10 @@ class Distiller:
             self.worker.report(f"distil {res} px", done, steps)
             self.worker.run.log(done, **{f"{name}_{res}px": value for name, value in metrics.items()})
 
-    def keep(self) -> None:
-        """Send the metrics."""
+    def checkpoint(self) -> None:
+        """Send the metrics, or keep them."""
         if self.worker.run:
-            self.worker.run.keep()
+            self.worker.run.checkpoint()
 
     def finish(self, results: list[dict[str, Any]]) -> None:
         """Write the adapter, its panel and its record; from rank 0."""
@@ -176,14 +176,17 @@ class Distiller:
             return
         parameters = sum(p.numel() for p in self.adapter.parameters())
         final = f"{self.worker.folder}/final"
+        run.folder(final, "adapter")
+        run.keep("FINISHED")
         with tempfile.TemporaryDirectory() as folder:
             self.adapter.save(folder, stages=results, parameters=parameters, **job.origin, commit=tracking.commit())
-            checkpoints.publish(folder, final)  # first of all: what follows may fail
-        run.folder(final, "adapter")
-        shown = job.held_out[:PANEL_IMAGES]
-        picture = draw_panel(job.dataset, self.adapter, self.pairs(job.early[-1], shown), shown)
-        run.picture(picture, "panels/embeddings.png")
-        self.keep()
+            checkpoints.publish(folder, final)
+        with tracking.optional(run, "the picture of embeddings"):
+            shown = job.held_out[:PANEL_IMAGES]
+            picture = draw_panel(job.dataset, self.adapter, self.pairs(job.early[-1], shown), shown)
+            run.picture(picture, "panels/embeddings.png")
+        run.flush(at_once=True)
+        run.keep(run.unsent.status)
 
 
 @torch.inference_mode()

@@ -109,7 +109,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         if done % worker.checkpoint_every == 0 and done < steps:
             training.check_finite(done, losses, segmenter)
             if run:  # a checkpoint must not be ahead of the curves that lead to it
-                run.keep()
+                run.checkpoint()
             kept = {"segmenter": segmenter.state_dict(), "optimiser": optimiser.state_dict(), "seconds": clock.total()}
             training.save_state(worker.rank, {"step": done, **losses}, step=done, **kept)
     training.check_finite(steps, losses, segmenter)
@@ -121,13 +121,16 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             "seconds_per_step": round(clock.total() / steps, 4),
         }
         final = f"{worker.folder}/final"
-        with tempfile.TemporaryDirectory() as folder:
-            segmenter.save(folder, **job.origin, training=result, commit=tracking.commit())
-            checkpoints.publish(folder, final)  # first of all: what follows may fail
         run.log(steps, seconds_per_step=result["seconds_per_step"])
         run.folder(final, "segmenter")
-        run.picture(draw_panel(segmenter, loader, job.sampler, worker.device), "panels/training.png")
-        run.keep()
+        run.keep("FINISHED")
+        with tempfile.TemporaryDirectory() as folder:
+            segmenter.save(folder, **job.origin, training=result, commit=tracking.commit())
+            checkpoints.publish(folder, final)
+        with tracking.optional(run, "the picture of training"):
+            run.picture(draw_panel(segmenter, loader, job.sampler, worker.device), "panels/training.png")
+        run.flush(at_once=True)
+        run.keep(run.unsent.status)
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.protocols import protocol_of
 from fsdino.errors import UserError
 from pipelines import checkpoints, stores
-from pipelines.checks import Few, Fold, Output, Place
+from pipelines.checks import Few, Fold, Folder, Place
 from pipelines.cli import main
 from pipelines.recipes import Backbone, Benchmark, Device, Places, RecipeName, Testing, model_run, model_title
 from pipelines.runs import ScoreFile, identity
@@ -46,7 +46,7 @@ class Settings:
     """Checkpoint folder; if empty, that of train_episodic for this fold and the model's flags."""
     panel: str = ""
     """Also write the picture panel to this file."""
-    masks: Output = ""
+    masks: Folder = ""
     """Also write each episode's predicted mask into this folder, as EPISODE_CLASS_QUERY.png."""
 
 
@@ -77,6 +77,7 @@ def job(settings: Settings) -> dict[str, Any]:
         seed=testing.test_seed,
         training=False,
     )
+    stores.check_images(sampler.images, late, query)
     stores.check_sizes(dataset, "val", sampler.images, late)
     same = identity(
         dataset=dataset.name,
@@ -84,6 +85,8 @@ def job(settings: Settings) -> dict[str, Any]:
         rules=protocol,
         fold=settings.fold,
         images=sampler.digest,
+        labels=dataset.labels_digest("val", sampler.images),
+        features=[store.content(sampler.images) for store in (late, query) if store is not None],
         shots=settings.shots,
         episodes=testing.episodes,
         test_seed=testing.test_seed,

@@ -7,7 +7,7 @@ resolutions: each image is decoded once for all its views and sizes. A rerun doe
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from feature_store import Fingerprint, Row, ShardWriter, create, extend
+from feature_store import Fingerprint, Row, ShardWriter, StoreError, create, extend
 from feature_store.layout import num_shards, shard_rows
 from feature_store.lock import locked
 from feature_store.schema import text
@@ -110,9 +110,12 @@ def extract(
     bad: dict[str, str] = {}
     samples = {(target.fingerprint.res_px, row[:2]) for target in targets for row in target.rows}
     done: dict[str, Any] = {"stores": list(writers), "samples": len(samples)}
-    changed: dict[str, int] = {}
+    changed: dict[str, set[int]] = {}
     for target in targets:
-        changed |= changed_rows(writers[target.url], current_rows(writers[target.url], target.rows), stamps)
+        writer = writers[target.url]
+        since = changed_rows(writer, current_rows(writer, target.rows), stamps)
+        check_same_set(writer, since, target.rows, settings)
+        changed |= since
     finished = all(writers[t.url].sealed() and not writers[t.url].missing() for t in targets)
     if finished and not any(writers[t.url].lacks(t.rows) for t in targets) and not (changed and settings.refresh):
         for writer in writers.values():
@@ -124,27 +127,7 @@ def extract(
     with ExitStack() as stack:
         locks = [stack.enter_context(locked(writers[url].folder)) for url in sorted(writers)]
         # Once more, as another job may have been there until the locks were ours.
-        opened = {target.url: create(target.url, target.fingerprint, target.rows, grown=True) for target in targets}
-        writers = {target.url: extend(opened[target.url], target.rows) for target in targets}
-        targets = [Target(t.url, t.fingerprint, current_rows(writers[t.url], t.rows)) for t in targets]
-        changed = {}
-        for target in targets:
-            writer = writers[target.url]
-            bad |= known_bad(writer, target.rows, read)
-            since = changed_rows(writer, target.rows, stamps)
-            changed |= since
-            for shard in sorted(set(since.values())) if settings.refresh else ():
-                writer.invalidate(shard)
-        if not settings.refresh:
-            tell_changed(changed)
-        missing = {url: writer.missing() for url, writer in writers.items()}
-        items = plan_items(targets, missing, stamps)
-        computed = sum(len(unit.rows) for item in items for unit in item.units)
-        show_plan(writers, missing, items)
-        images = len({row.source for target in targets for row in target.rows})
-        for url, writer in writers.items():
-            if missing[url] and writer.sealed():  # after a repair that was stopped half-way
-                writer.unseal()
+        writers = {target.url: create(target.url, target.fingerprint, target.rows, grown=True) for target in targets}
         name = "+".join(f"{target.fingerprint.feature}@{target.fingerprint.res_px}" for target in targets)
         tags = stores.fingerprint_tags(target.fingerprint for target in targets)
         from pipelines import tracking
@@ -152,7 +135,30 @@ def extract(
         params = asdict(settings) | {"samples": len(samples)}
         outbox = Outbox(targets[0].url)
         with tracking.running(tracking_uri, "extract", name, params, tags, outbox=outbox) as run:
-            check_bad(bad, images, settings)
+            if any(writers[t.url].lacks(t.rows) for t in targets):
+                connect(settings, list(writers))  # before a store that is whole is opened again
+            writers = {t.url: extend(writers[t.url], t.rows) for t in targets}
+            listed = {text(row.sample_id) for target in targets for row in target.rows}
+            images = len({row.source for target in targets for row in target.rows})
+            targets = [Target(t.url, t.fingerprint, current_rows(writers[t.url], t.rows)) for t in targets]
+            changed = {}
+            for target in targets:
+                writer = writers[target.url]
+                bad |= known_bad(writer, target.rows, read)
+                since = changed_rows(writer, target.rows, stamps)
+                changed |= since
+                for shard in sorted(set().union(*since.values())) if settings.refresh else ():
+                    writer.invalidate(shard)
+            if not settings.refresh:
+                tell_changed(changed)
+            missing = {url: writer.missing() for url, writer in writers.items()}
+            items = plan_items(targets, missing, stamps)
+            computed = sum(len(unit.rows) for item in items for unit in item.units)
+            show_plan(writers, missing, items)
+            for url, writer in writers.items():
+                if missing[url] and writer.sealed():  # after a repair that was stopped half-way
+                    writer.unseal()
+            check_bad(bad, listed, images, settings)
             builds = {url: writer.build_id for url, writer in writers.items()}
             written, notes = 0, []
             with closing(Progress(computed, settings)) as progress:
@@ -161,7 +167,7 @@ def extract(
                     written += unit.bytes
                     bad |= unit.bad
                     notes += unit.notes
-                    check_bad(bad, images, settings)
+                    check_bad(bad, listed, images, settings)
                     for lock in locks:
                         lock.check()
             for lock in locks:
@@ -176,7 +182,7 @@ def extract(
     for said in notes[:NOTES_SHOWN]:
         print(f"note: {redacted_text(said)}", file=sys.stderr)
     if len(notes) > NOTES_SHOWN:
-        print(f"note: so it is with {len(notes) - NOTES_SHOWN} further images", file=sys.stderr)
+        print(f"note: and {len(notes) - NOTES_SHOWN} more images", file=sys.stderr)
     counts = {"computed": computed, "bytes": written, "quarantined": len(bad)}
     return {**done, **counts, "changed": 0 if settings.refresh else len(changed), "seconds": seconds}
 
@@ -187,10 +193,12 @@ def current_rows(writer: ShardWriter, rows: Sequence[Row]) -> list[Row]:
     return [known.get(row[:2], row) for row in writer.rows]
 
 
-def changed_rows(writer: ShardWriter, rows: Sequence[Row], stamps: Mapping[tuple[str, int], str]) -> dict[str, int]:
-    """Images that have changed since their shard was written, and the shard. `rows` are the store's."""
+def changed_rows(
+    writer: ShardWriter, rows: Sequence[Row], stamps: Mapping[tuple[str, int], str]
+) -> dict[str, set[int]]:
+    """Images that have changed since their shards were written, and the shards. `rows` are the store's."""
     done = sorted(set(range(num_shards(len(rows)))) - set(writer.missing()))
-    changed = {}
+    changed: dict[str, set[int]] = {}
     for shard, marker in writer.markers(done).items():
         inside = shard_rows(shard, len(rows))
         for row, planned, stamp in zip(
@@ -201,11 +209,23 @@ def changed_rows(writer: ShardWriter, rows: Sequence[Row], stamps: Mapping[tuple
         ):
             moved = text(redacted(row.source)) != planned.source
             if not same_file(stamp, stamps.get(row[:2], ""), moved):
-                changed[row.sample_id] = shard
+                changed.setdefault(row.sample_id, set()).add(shard)
     return changed
 
 
-def tell_changed(changed: Mapping[str, int]) -> None:
+def check_same_set(
+    writer: ShardWriter, changed: Mapping[str, set[int]], rows: Sequence[Row], settings: Extraction
+) -> None:
+    """Raise StoreError if most photographs of the same names are others: another set, rather than one that changed."""
+    common = {row.sample_id for row in rows} - {row.sample_id for row in writer.lacks(rows)}
+    if len(common) > 1 and 2 * len(changed) > len(common) and not settings.refresh:
+        raise StoreError(
+            f"{writer.url}: {len(changed)} of {len(common)} photographs are others than those that were extracted; "
+            "choose another --store for another data set, or --refresh this one"
+        )
+
+
+def tell_changed(changed: Mapping[str, set[int]]) -> None:
     """Name images that have changed."""
     if changed:
         print(
@@ -231,16 +251,7 @@ def run_units(
 
     Raises a task's or an actor's error, and ClusterFault if Ray itself breaks down; finished shards stay.
     """
-    wanted = {
-        "CPU": settings.actors * settings.actor_cpus + settings.decode_cpus,
-        "GPU": settings.actors * settings.actor_gpus,
-    }
-    cluster.connect(
-        wanted,
-        f"{settings.actors} actors and a decoding task",
-        "lower --actors, --actor-cpus, --actor-gpus or --decode-cpus",
-    )
-    cluster.check_shared(list(builds))
+    connect(settings, list(builds))
     import ray.data
     from ray.data import ActorPoolStrategy
 
@@ -262,6 +273,20 @@ def run_units(
     with cluster.faults():
         for row in finished.iter_rows():
             yield row["outcome"].get()
+
+
+def connect(settings: Extraction, urls: Sequence[str]) -> None:
+    """Join a cluster that has what the job wants and sees its stores. Raises UserError and ClusterFault."""
+    wanted = {
+        "CPU": settings.actors * settings.actor_cpus + settings.decode_cpus,
+        "GPU": settings.actors * settings.actor_gpus,
+    }
+    cluster.connect(
+        wanted,
+        f"{settings.actors} actors and a decoding task",
+        "lower --actors, --actor-cpus, --actor-gpus or --decode-cpus",
+    )
+    cluster.check_shared(urls)
 
 
 class Progress:
@@ -310,12 +335,13 @@ def known_bad(writer: ShardWriter, rows: Sequence[Row], read: Read) -> dict[str,
     return {row.sample_id: reason for row, (shard, reason) in bad.items() if shard not in again}
 
 
-def check_bad(bad: Mapping[str, str], images: int, settings: Extraction) -> None:
-    """Raise UserError if more images than allowed are quarantined."""
-    if len(bad) > settings.max_bad_share * images:
-        first = next(iter(bad.values()))
+def check_bad(bad: Mapping[str, str], listed: Collection[str], images: int, settings: Extraction) -> None:
+    """Raise UserError if more images than allowed are quarantined, of those that the job lists."""
+    counted = {image_id: reason for image_id, reason in bad.items() if image_id in listed}
+    if len(counted) > settings.max_bad_share * images:
+        first = next(iter(counted.values()))
         raise UserError(
-            f"{len(bad)} of {images} images cannot be read, more than --max-bad-share {settings.max_bad_share:g} "
+            f"{len(counted)} of {images} images cannot be read, more than --max-bad-share {settings.max_bad_share:g} "
             f"(the first: {first}); repair or remove them, or raise the share, and rerun"
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fsdino.data.shapes import CLASSES, write_shapes
-from pipelines.checks import Count, Output, Range, Seed
+from pipelines.checks import Count, Folder, Range, Seed
 from pipelines.cli import main
 
 
@@ -15,7 +15,7 @@ from pipelines.cli import main
 class Settings:
     """Write a data set of textured shapes: 12 classes, three to a fold, a quarter of the images for testing."""
 
-    data: Output = "outputs/shapes"
+    data: Folder = "outputs/shapes"
     """Folder to write."""
     images: Count = 500
     """Number of images."""

@@ -24,40 +24,49 @@ class Unsent:
     status: str = ""
     """FINISHED or FAILED; empty while the run goes on."""
 
+    def add(self, later: "Unsent") -> None:
+        """Put what came later behind."""
+        self.points += later.points
+        self.pictures |= later.pictures
+        self.folders |= later.folders
+        self.status = later.status or self.status
+
     def __bool__(self) -> bool:
         return bool(self.points or self.pictures or self.folders or self.status)
 
 
 @dataclass(frozen=True)
 class Outbox:
-    """A JSON file in a folder, absent while there is nothing to send."""
+    """A JSON file for each run that has something to send, in a folder."""
 
     folder: str
-    file: str = "unsent.json"
+    prefix: str = "unsent"
 
-    def waiting(self) -> bool:
-        """Whether there is something to send."""
-        return self.file in open_folder(self.folder).names("")
+    def waiting(self) -> list[str]:
+        """Ids of the runs that have something to send."""
+        names = open_folder(self.folder).names("")
+        start, end = f"{self.prefix}-", ".json"
+        return [n.removeprefix(start).removesuffix(end) for n in names if n.startswith(start) and n.endswith(end)]
 
     def read(self, run_id: str) -> Unsent:
-        """What a run could not send; nothing if the file is another run's."""
+        """What a run could not send; nothing if there is no file of it, or a damaged one."""
         try:
-            record: dict[str, Any] = json.loads(bytes(open_folder(self.folder).read(self.file)))
-        except FileNotFoundError:
+            record: dict[str, Any] = json.loads(bytes(open_folder(self.folder).read(self._file(run_id))))
+            pictures = {name: base64.b64decode(data) for name, data in record["pictures"].items()}
+            points: list[Point] = [(name, value, time, step) for name, value, time, step in record["points"]]
+            return Unsent(run_id, points, pictures, record["folders"], record["status"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return Unsent(run_id)
-        if record["run_id"] != run_id and run_id:
-            return Unsent(run_id)
-        pictures = {name: base64.b64decode(data) for name, data in record["pictures"].items()}
-        points: list[Point] = [(name, value, time, step) for name, value, time, step in record["points"]]
-        return Unsent(record["run_id"], points, pictures, record["folders"], record["status"])
 
     def write(self, unsent: Unsent) -> None:
-        """Keep it, or remove the file if there is nothing."""
+        """Keep it, or remove its file if there is nothing."""
         folder = open_folder(self.folder)
         if not unsent:
-            folder.delete(self.file)
+            folder.delete(self._file(unsent.run_id))
             return
         pictures = {name: base64.b64encode(data).decode() for name, data in unsent.pictures.items()}
-        record = {"run_id": unsent.run_id, "points": unsent.points, "pictures": pictures}
-        record |= {"folders": unsent.folders, "status": unsent.status}
-        folder.write(self.file, [json.dumps(record).encode()])
+        record = {"points": unsent.points, "pictures": pictures, "folders": unsent.folders, "status": unsent.status}
+        folder.write(self._file(unsent.run_id), [json.dumps(record).encode()])
+
+    def _file(self, run_id: str) -> str:
+        return f"{self.prefix}-{run_id}.json"

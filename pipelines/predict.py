@@ -4,7 +4,7 @@
         --support cat1.jpg --mask cat1.png --query a.jpg b.jpg --out masks
 
 One to five supports, each with a mask (the brighter of two values is the object). Masks are 0 and 255; `panel.png`
-shows them all. Runs on this machine alone, without stores; fsdino.Predictor does the same in Python.
+shows the first 50. Runs on this machine alone, without stores; fsdino.Predictor does the same in Python.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 from feature_store.urls import is_url
 from fsdino.data.masks import read_mask
-from fsdino.errors import UserError
+from fsdino.errors import UserError, first_line
 from fsdino.preprocess import read_image
 from pipelines import checkpoints
-from pipelines.checks import Output, Place, Range, Weights
+from pipelines.checks import Folder, Place, Range, Weights
 from pipelines.cli import main
 
-PANEL = "panel.png"
+PANEL, PANEL_ROWS = "panel.png", 50
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Settings:
     """Photographs to segment."""
     mask_value: Annotated[int, Range(0, 255)] | None = None
     """The object's value in masks of several classes; their 255 is then neither object nor background."""
-    out: Output = "outputs/masks"
+    out: Folder = "outputs/masks"
     """Folder on this machine for the masks."""
     encoder_weights: Weights | None = None
     """A local weights file instead of the publisher's."""
@@ -72,18 +72,21 @@ def job(settings: Settings) -> dict[str, Any]:
     encoding = predictor.register(settings.support, masks)
     Path(settings.out).mkdir(parents=True, exist_ok=True)
     shown_support = panels.overlay(read_image(settings.support[0]), masks[0] == 1)
-    results, rows, unread = [], [], []
+    results, unread = [], []
+    rows: list[list[Image.Image | None]] = []
     for path, target in zip(settings.query, targets, strict=True):
         try:
             image = read_image(path)
-        except UserError as error:
-            unread.append(str(error))
+        except (UserError, OSError) as error:
+            unread.append(first_line(error))
             continue
         predictor.set_image(image)
         ((logits, prior),) = predictor.logits([encoding])
         mask = logits[0].numpy() > 0
         Image.fromarray(mask.astype(np.uint8) * 255).save(target)
         results.append({"query": path, "mask": str(target), "foreground": round(float(mask.mean()), 4)})
+        if len(rows) == PANEL_ROWS:
+            continue
         shown = None if prior is None else panels.heat(prior[0].sigmoid().numpy())
         rows.append([shown_support, panels.cell(image), shown, panels.overlay(image, mask)])
     picture = Path(settings.out) / PANEL

@@ -6,12 +6,14 @@ The actor has a process of its own, so this module imports neither torch nor MLf
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from tqdm import tqdm
 
+from feature_store.urls import redacted_text
 from pipelines.outcome import Outcome
 
 
@@ -55,18 +57,20 @@ def shown(progress: Any) -> Iterator[None]:
     """A progress bar on this terminal while the block runs."""
     stop = threading.Event()
 
+    def tell_notes() -> None:
+        for text in ray.get(progress.notes.remote()):
+            tqdm.write(f"note: {redacted_text(text)}", file=sys.stderr)
+
     def show() -> None:
-        with tqdm(unit="step", file=sys.stderr) as bar:
+        with suppress(RayError), tqdm(unit="step", file=sys.stderr) as bar:
             while not stop.wait(1):
                 title, done, total = ray.get(progress.ask.remote())
                 if title != bar.desc.removesuffix(": "):
                     bar.reset(total)
                     bar.set_description(title, refresh=False)
                 bar.update(done - bar.n)
-                for text in ray.get(progress.notes.remote()):
-                    bar.write(f"note: {text}", file=sys.stderr)
-        for text in ray.get(progress.notes.remote()):
-            print(f"note: {text}", file=sys.stderr)
+                tell_notes()
+            tell_notes()
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

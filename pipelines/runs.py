@@ -63,9 +63,12 @@ class RunFolder:
         """run.json, None if no run was begun here. Raises UserError if it is another run's."""
         try:
             record = json.loads(bytes(open_folder(self.url).read(RUN)))
+            identity = record["identity"]
         except FileNotFoundError:
             return None
-        other = _differences(self.identity, record["identity"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.url}/{RUN}: expected a run's record, got a damaged file; remove the run") from None
+        other = _differences(self.identity, identity)
         if other:
             raise UserError(
                 f"{self.url}: a run with other settings is there ({'; '.join(other)}); "
@@ -96,14 +99,13 @@ class ScoreFile:
     @property
     def outbox(self) -> Outbox:
         """What MLflow does not have yet."""
-        return Outbox(self.folder, f"unsent-{self.file}")
+        return Outbox(self.folder, f"unsent-{self.file.removesuffix('.json')}")
 
     def finished(self, tracking_uri: str) -> dict[str, Any] | None:
         """The result, None if there is none yet."""
-        names = open_folder(self.folder).names("")
-        if self.file not in names:
+        if self.file not in open_folder(self.folder).names(""):
             return None
-        if self.outbox.file in names:
+        if self.outbox.waiting():
             from pipelines import tracking
 
             tracking.deliver(tracking_uri, self.outbox)

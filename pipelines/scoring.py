@@ -80,13 +80,15 @@ def score(job: ScoringJob, about: dict[str, Any]) -> dict[str, Any]:
         total = score_episodes(method, loader, job, device).result()
         per_class = {names[c - 1]: round(iou, 6) for c, iou in total["per_class"].items()}
         result = {**about, "miou": total["miou"], "fb_iou": total["fb_iou"], "per_class": per_class}
-        job.scores.write(result)  # first of all: what follows may fail
-        shown = loader.load([job.sampler.episode(i) for i in range(min(PANEL_ROWS, job.episodes))]).to(device)
-        picture = panels.episodes(job.dataset, loader.view_seed, shown.episodes, method(shown))
-        run.picture(picture, "panels/test.png")
-        if job.panel:
-            picture.save(job.panel)
         run.log(0, miou=total["miou"], fb_iou=total["fb_iou"], **{f"iou_{n}": v for n, v in per_class.items()})
+        run.keep("FINISHED")
+        job.scores.write(result)
+        with tracking.optional(run, "the picture of episodes"):
+            shown = loader.load([job.sampler.episode(i) for i in range(min(PANEL_ROWS, job.episodes))]).to(device)
+            picture = panels.episodes(job.dataset, loader.view_seed, shown.episodes, method(shown))
+            run.picture(picture, "panels/test.png")
+            if job.panel:
+                picture.save(job.panel)
     return result
 
 

@@ -5,7 +5,9 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from feature_store import CacheSettings, FeatureStore, Fingerprint
+from feature_store.schema import COMMANDS
 from fsdino.data.dataset import Dataset, Split, check_label_sizes
+from fsdino.data.photographs import same_file
 from fsdino.errors import UserError
 from fsdino.specs import encoder_spec, teacher_spec
 from pipelines.recipes import Backbone, Places
@@ -79,6 +81,22 @@ def without_quarantined(images: Mapping[str, T], stores: Iterable[FeatureStore |
     """Images that have features in every store."""
     bad = {sample_id for store in stores if store is not None for sample_id, _ in store.quarantined}
     return {image_id: classes for image_id, classes in images.items() if image_id not in bad}
+
+
+def check_images(images: Iterable[str], *stores: FeatureStore | None) -> None:
+    """Raise UserError if a store lacks one of the images, or was computed from another photograph than the first."""
+    opened = [store for store in stores if store is not None]
+    stamps = [dict(zip((row[:2] for row in store.samples), store.stamps, strict=True)) for store in opened]
+    for image_id in images:
+        for store, known in zip(opened, stamps, strict=True):
+            command = f"`python -m pipelines.{COMMANDS[store.fingerprint.feature]}"
+            if (image_id, 0) not in known:
+                raise UserError(f"{store.url}: image {image_id!r} is not in it; run {command}`, which adds it")
+            if not same_file(known[image_id, 0], stamps[0][image_id, 0], moved=True):
+                raise UserError(
+                    f"{store.url}: image {image_id!r} is another photograph than in {opened[0].url}; run {command} "
+                    "--refresh`"
+                )
 
 
 def check_sizes(dataset: Dataset, split: Split, images: Iterable[str], store: FeatureStore) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,8 @@ from pipelines.outbox import Outbox, Unsent
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
 PARAM_LIMIT, METRIC_LIMIT = 100, 1000  # MLflow's in one request
 PAUSE_SECONDS = 30.0
+NOT_IN_NAMES = re.compile(r"[^/\w.\- :]")
+"""What MLflow takes in no metric's name."""
 
 
 def note(text: str) -> None:
@@ -51,13 +54,21 @@ class Run:
     def __init__(self, tracking_uri: str, run_id: str, outbox: Outbox | None = None, say: Callable[[str], None] = note):
         self.tracking_uri, self.run_id, self.outbox, self.say = tracking_uri, run_id, outbox, say
         self.client = client(tracking_uri)
-        self.unsent = outbox.read(run_id) if outbox else Unsent(run_id)
+        self.unsent = Unsent(run_id)
         self._said, self._next_try = False, 0.0
+
+    def resume(self) -> None:
+        """Take over what an earlier worker of this run could not send."""
+        if self.outbox:
+            self.unsent = self.outbox.read(self.run_id)
+            self.unsent.status = ""  # it goes on
 
     def log(self, step: int, **metrics: float) -> None:
         """Keep metrics of a step until `flush`."""
         now = int(time.time() * 1000)
-        self.unsent.points += [(name, float(value), now, step) for name, value in metrics.items()]
+        self.unsent.points += [
+            (NOT_IN_NAMES.sub("_", name), float(value), now, step) for name, value in metrics.items()
+        ]
 
     def picture(self, image: Image.Image, name: str) -> None:
         """Store a picture as an artifact, with the next flush."""
@@ -81,23 +92,31 @@ class Run:
             if not self._said:
                 self._said = True
                 self.say(
-                    f"MLflow at {redacted(self.tracking_uri)} does not take the run's data ({first_line(error)}); the "
+                    f"MLflow at {redacted(self.tracking_uri)} did not accept the run's data ({first_line(error)}); the "
                     "work goes on, and a rerun of the command sends what is missing"
                 )
 
-    def keep(self) -> None:
-        """Send what there is, and put what could not be sent where a rerun finds it."""
-        self.flush()
-        if self.outbox and (self.unsent or self._said):
+    def keep(self, status: str = "") -> None:
+        """Put all that has not been sent where a rerun finds it, with the `status` that the run will have: before a
+        result is published, so that neither can be lost without the other."""
+        self.unsent.status = status
+        if self.outbox:
             self.outbox.write(self.unsent)
+
+    def checkpoint(self) -> None:
+        """Send what there is, and keep the rest."""
+        self.flush()
+        if self._said:
+            self.keep(self.unsent.status)
 
     def end(self, ok: bool = True) -> bool:
         """Send the rest and mark the run finished or failed. Whether all was sent."""
-        if not self.unsent and self.outbox and self.outbox.waiting():  # a worker's
+        kept = self.outbox.waiting() if self.outbox else []
+        if self.outbox and self.run_id in kept and not self.unsent:  # a worker's
             self.unsent = self.outbox.read(self.run_id)
         self.unsent.status = "FINISHED" if ok else "FAILED"
         self.flush(at_once=True)
-        if self.outbox and (self.unsent or self.outbox.waiting()):
+        if self.outbox and (self.unsent or self.run_id in kept):
             self.outbox.write(self.unsent)
         return not self.unsent
 
@@ -140,32 +159,45 @@ def running(
     Raises Fault if the tracking server does not answer at the beginning, and UserError if it refuses.
     """
     run = _begin(tracking_uri, experiment, name, params, tags or {}, run_id, outbox)
+    if outbox and run_id is None:
+        deliver(tracking_uri, outbox)
     try:
         yield run
     except BaseException:
         with suppress(StoreError):  # what went wrong first is what counts
-            run.end(ok=False)
+            run.end(ok=run.unsent.status == "FINISHED")
         raise
     run.end()
 
 
-def deliver(tracking_uri: str, outbox: Outbox) -> bool:
-    """Send what an earlier run left in its outbox; a run that this server does not know is left alone. Whether nothing
-    waits any more."""
-    unsent = outbox.read("")
-    if not unsent:
-        return True
+@contextmanager
+def optional(run: Run, what: str) -> Iterator[None]:
+    """A part of the record that the result does not depend on: what fails in it is said, and the work goes on."""
     try:
-        if not _knows(client(tracking_uri), unsent.run_id):
-            return True
-    except (MlflowException, Fault) as error:
-        note(f"MLflow at {redacted(tracking_uri)} still lacks data of a run ({first_line(error)}); rerun to send it")
-        return False
-    run = Run(tracking_uri, unsent.run_id, outbox)
-    run.unsent = unsent
-    run.flush(at_once=True)
-    outbox.write(run.unsent)
-    return not run.unsent
+        yield
+    except (UserError, StoreError, OSError) as error:
+        run.say(f"{what} is left out: {first_line(error)}")
+
+
+def deliver(tracking_uri: str, outbox: Outbox) -> bool:
+    """Send what earlier runs left in their outbox; a run that this server does not know is left alone. Whether nothing
+    waits any more that this server wants."""
+    done = True
+    for run_id in outbox.waiting():
+        try:
+            if not _knows(client(tracking_uri), run_id):
+                continue
+            run = Run(tracking_uri, run_id, outbox)
+        except (MlflowException, Fault, UserError) as error:
+            note(
+                f"MLflow at {redacted(tracking_uri)} still lacks data of a run ({first_line(error)}); rerun to send it"
+            )
+            return False
+        run.unsent = outbox.read(run_id)
+        run.flush(at_once=True)
+        outbox.write(run.unsent)
+        done = done and not run.unsent
+    return done
 
 
 def close(tracking_uri: str, run_id: str, outbox: Outbox) -> bool:
@@ -229,7 +261,8 @@ def runs(tracking_uri: str, experiment: str) -> list[dict[str, dict]]:
     listed: list[Any] = []
     token: str | None = ""
     while token is not None:
-        page = server.search_runs([known.experiment_id], "status = 'FINISHED'", max_results=1000, page_token=token)
+        with _answering(tracking_uri):
+            page = server.search_runs([known.experiment_id], "status = 'FINISHED'", max_results=1000, page_token=token)
         listed, token = [*listed, *page], page.token or None
     return [{"params": r.data.params, "metrics": r.data.metrics, "tags": r.data.tags} for r in listed]
 

@@ -93,6 +93,7 @@ def job(settings: Settings) -> dict[str, Any]:
         balance=episodic.balance,
         flip=episodic.flip,
     )
+    stores.check_images(sampler.images, late, query)
     stores.check_sizes(dataset, "train", sampler.images, late)
     steps = episodic.steps or max(1, episodic.epochs * len(sampler.images) // episodic.batch)
     shape = SegmenterShape(adapter.in_channels, late.fingerprint.channels, late.fingerprint.grid, adapter.out_channels)
@@ -115,6 +116,8 @@ def job(settings: Settings) -> dict[str, Any]:
         steps=steps,
         rules=protocol,
         images=sampler.digest,
+        labels=dataset.labels_digest("train", sampler.images),
+        features=[store.content(sampler.images) for store in (late, query)],
         query=query.fingerprint,
         decoder=model.sam_decoder and weights_digest(model.sam_decoder, settings.decoder_weights),
         **origin,

@@ -4,7 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -23,7 +24,7 @@ from feature_store.lock import locked
 from feature_store.storage import open_folder
 from feature_store.urls import absolute, filesystem, local_path
 from fsdino import paper
-from fsdino.errors import Fault
+from fsdino.errors import Fault, first_line
 from pipelines import cluster, tracking
 from pipelines.outbox import Outbox
 from pipelines.outcome import EXPECTED, ClusterFault, Outcome
@@ -80,7 +81,7 @@ def train(
         "lower --workers or --worker-cpus" + (", or use --no-gpu" if device.gpu else ""),
     )
     cluster.check_shared([run_folder.url])
-    with locked(open_folder(run_folder.url)):
+    with locked(open_folder(run_folder.url)) as lock:
         begun = run_folder.begun()
         opened = tracking.running(
             places.tracking_uri,
@@ -110,6 +111,7 @@ def train(
                 task,
                 ScalingConfig(num_workers=workers.workers, use_gpu=device.gpu, resources_per_worker=resources),
             )
+        lock.check()
         run_folder.write(run.run_id, closed=not run.unsent)
 
 
@@ -118,8 +120,8 @@ def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
     storage_path, storage_filesystem = _storage(absolute(run_folder.folder))
     trainer = TorchTrainer(
         _work,
-        # By reference: the controller would unpickle it, and load all that the loop needs.
-        train_loop_config={"task": ray.put(task)},
+        # As bytes: the controller would unpickle it, and load all that the loop needs.
+        train_loop_config={"task": cloudpickle.dumps(task), "progress": task.progress},
         scaling_config=scaling,
         run_config=RunConfig(
             name=run_folder.name,
@@ -191,10 +193,24 @@ def _work(config: dict[str, Any]) -> None:
 
     A place that failed is tried again with new workers; any other expected error would only repeat.
     """
-    task: Task = ray.get(config["task"])
-    context = ray.train.get_context()
-    if _lasting(ray.get(task.progress.outcome.remote())).error is not None:
+    progress, context = config["progress"], ray.train.get_context()
+    if _lasting(ray.get(progress.outcome.remote())).error is not None:
         return
+    if context.get_world_rank() == 0:  # what an earlier attempt met is over
+        ray.get(progress.end.remote(Outcome[None]()))
+    try:
+        with reachable_data():
+            _loop(cloudpickle.loads(config["task"]), context)
+    except EXPECTED as error:
+        outcome = Outcome[None](error=error)
+        ray.get(progress.end.remote(outcome))
+        # Others wait for this one, or a new one may pass.
+        if context.get_world_size() > 1 or _lasting(outcome).error is None:
+            raise
+
+
+def _loop(task: Task, context: Any) -> None:
+    """The task's loop in this worker."""
     torch.manual_seed(task.workers.seed)
     # Ray sets OMP_NUM_THREADS from whole CPUs before torch is loaded; this also covers fractions.
     torch.set_num_threads(max(1, int(task.workers.worker_cpus)))
@@ -209,18 +225,23 @@ def _work(config: dict[str, Any]) -> None:
         progress=task.progress,
         run=_run(task) if rank == 0 else None,
     )
+    task.loop(task.job, worker)
+
+
+@contextmanager
+def reachable_data() -> Iterator[None]:
+    """Failures of the operating system under the data as failures of a place, which another try may pass."""
     try:
-        task.loop(task.job, worker)
-    except EXPECTED as error:
-        outcome = Outcome[None](error=error)
-        ray.get(task.progress.end.remote(outcome))
-        if worker.world > 1 or _lasting(outcome).error is None:  # others wait for this one, or a new one may pass
-            raise
+        yield
+    except OSError as error:
+        raise StoreFault(f"{error.filename or 'the data'}: {first_line(error)}; fix this and rerun to resume") from None
 
 
 def _run(task: Task) -> tracking.Run:
     """MLflow's run, which tells the driver what the user should know."""
-    return tracking.Run(task.tracking_uri, task.run_id, task.outbox, lambda text: task.progress.note.remote(text))
+    run = tracking.Run(task.tracking_uri, task.run_id, task.outbox, lambda text: task.progress.note.remote(text))
+    run.resume()
+    return run
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:

@@ -171,3 +171,31 @@ def test_labels_that_hold_no_class_numbers_are_refused(tmp_path):
     Image.fromarray(NUMBERS.astype(np.float32)).save(tmp_path / "label.tif")
     with pytest.raises(UserError, match="got floats"):
         read_label(tmp_path / "label.tif")
+
+
+def test_objects_of_several_colours_are_never_taken_for_one(tmp_path):
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[5:20, 5:20], pixels[30:50, 30:50] = (255, 0, 0), (0, 255, 0)
+    refused(tmp_path, Image.fromarray(pixels), "one object, got 3 colours; save it with one channel", (80, 60))
+
+
+def test_mask_value_is_a_palettes_index_whatever_its_colours(tmp_path):
+    numbers = np.zeros((60, 80), np.uint8)
+    numbers[5:20, 5:20], numbers[30:50, 30:50], numbers[0] = 2, 6, 255
+    Image.fromarray(numbers).convert("P").save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="got values 2, 6, 255"):
+        read_mask(tmp_path / "mask.png", (80, 60))
+    mask = read_mask(tmp_path / "mask.png", (80, 60), 6)
+    assert np.array_equal(mask == 1, numbers == 6) and np.array_equal(mask == 255, numbers == 255)
+
+
+def test_labels_that_can_be_read_in_two_ways_are_refused(tmp_path):
+    palette_image(NUMBERS == 12, [(0, 0, 0), (64, 0, 128)]).save(tmp_path / "label.png")
+    with pytest.raises(UserError, match="VOC's colours at other numbers than VOC's"):
+        read_label(tmp_path / "label.png")
+    same = palette_image(NUMBERS, voc_colours().tolist())
+    same.save(tmp_path / "label.png")
+    assert np.array_equal(read_label(tmp_path / "label.png"), NUMBERS)
+    three = Image.fromarray(np.where(NUMBERS == 1, 64, 0).astype(np.uint8)).convert("RGB")
+    three.save(tmp_path / "label.png")
+    assert set(np.unique(read_label(tmp_path / "label.png"))) == {0, 64}  # equal channels are numbers

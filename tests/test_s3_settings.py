@@ -63,11 +63,11 @@ def test_settings_that_lead_nowhere_are_said_in_one_line(nothing_set, monkeypatc
     with pytest.raises(UserError, match="expected credentials for it, found none"):
         open_dataset("s3://features/shapes")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    with pytest.raises(StoreError, match=r"lead nowhere \(The config profile \(nobody\) could not be found\)"):
+    with pytest.raises(StoreError, match=r"are not usable \(The config profile \(nobody\) could not be found\)"):
         FeatureStore("s3://features/x")
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
-    with pytest.raises(StoreError, match=r"lead nowhere \(Invalid endpoint: 127\.0\.0\.1:9000\)"):
+    with pytest.raises(StoreError, match=r"are not usable \(Invalid endpoint: 127\.0\.0\.1:9000\)"):
         FeatureStore("s3://features/x")
 
 

@@ -82,11 +82,11 @@ def test_decoding_gives_each_view_at_each_size(tmp_path):
 
 def test_more_bad_images_than_allowed_stop_the_job():
     settings = Extraction(max_bad_share=0.01)
-    extraction.check_bad({"a": "x"}, 100, settings)
+    extraction.check_bad({"a": "x", "no longer listed": "y"}, ["a"], 100, settings)
     with pytest.raises(
         UserError, match=r"2 of 100 images cannot be read, more than --max-bad-share 0.01 \(the first: x\)"
     ):
-        extraction.check_bad({"a": "x", "b": "y"}, 100, settings)
+        extraction.check_bad({"a": "x", "b": "y"}, ["a", "b"], 100, settings)
 
 
 def test_a_repaired_image_is_read_again_and_a_bad_one_is_not(tmp_path):

@@ -397,7 +397,7 @@ def test_signed_sources_lose_their_signature_in_the_plan(tmp_path):
 def test_the_second_job_on_a_store_is_told_of_the_first(url):
     writer = create(url, FINGERPRINT, ROWS)
     with locked(writer.folder):
-        with pytest.raises(StoreError, match=rf"the job of process {os.getpid()} on .* works there"):
+        with pytest.raises(StoreError, match=rf"the job of process {os.getpid()} on .* is working there"):
             with locked(ShardWriter(url).folder):
                 pass
     with locked(writer.folder):
@@ -423,7 +423,7 @@ def test_a_job_that_lost_its_lock_is_told_so(tmp_path):
     with locked(folder) as lock:
         folder.write("lock.json", [b'{"owner": "x", "host": "elsewhere", "pid": 7, "started": "1", "beat": 0}'])
         lock.beat()
-        with pytest.raises(StoreError, match="the job of process 7 on elsewhere took the place over"):
+        with pytest.raises(StoreError, match="the job of process 7 on elsewhere took over this folder"):
             lock.check()
     assert (tmp_path / "lock.json").exists()  # the other's
 
@@ -433,7 +433,7 @@ def test_a_silent_job_elsewhere_counts_as_gone_after_a_minute(tmp_path):
     folder = open_folder(str(tmp_path))
     holder = {"owner": "x", "host": "elsewhere", "pid": 7, "started": "1", "beat": time.time() - 30}
     folder.write("lock.json", [json.dumps(holder).encode()])
-    with pytest.raises(StoreError, match="process 7 on elsewhere works there"):
+    with pytest.raises(StoreError, match="process 7 on elsewhere is working there"):
         with locked(folder):
             pass
     folder.write("lock.json", [json.dumps(holder | {"beat": time.time() - 61}).encode()])

@@ -152,6 +152,6 @@ def test_a_training_that_diverges_stops_at_once_and_publishes_nothing(whole_run,
 def test_a_second_training_of_one_name_is_told_who_works_there(whole_run, places, tmp_path):
     folder = Path(places["--out"]) / TRAINED / "twice"
     with locked(open_folder(str(folder))):
-        with pytest.raises(Exception, match=r"the job of process \d+ on .* works there; wait for it to end"):
+        with pytest.raises(Exception, match=r"the job of process \d+ on .* is working there; wait for it to end"):
             train(places, "twice")
     assert not (folder / "run.json").exists()

@@ -97,7 +97,7 @@ def test_labels_of_another_size_than_their_photographs_are_refused_with_both(tmp
         root / "SegmentationClassAug" / f"{larger}.png"
     )
     sizes = {i: dataset.image(i).size for i in (turned, larger, right)}
-    expected = rf"{turned}\.png: .* 100x224 \(EXIF orientation 6\), got 224x100; so are 2 of 3 labels"
+    expected = rf"{turned}\.png: .* 100x224 \(EXIF orientation 6\), got 224x100; 2 of 3 labels differ"
     with pytest.raises(UserError, match=expected):
         check_label_sizes(dataset, "val", sizes)
     check_label_sizes(dataset, "val", {right: sizes[right]})
@@ -123,11 +123,18 @@ def test_an_inspection_lists_everything_that_is_wrong(tmp_path, shapes_root):
         f"{train[0]}.jpg: expected a readable image",
         f"{train[1]}.png: expected an image file, found nothing there",
         f"{train[2]}.png: class 77, but the data set has 12",
-        f"1 images train and test (the first: {train[3]})",
+        f"1 images are in both lists (the first: {train[3]})",
     ):
         assert expected in found
     assert len(report.problems) == 4 and report.images == {"train": 120, "val": 41}
     (lists / "train_aug.txt").write_text("a -1\n")
+    assert "train_aug.txt: expected ids of images" in "\n".join(inspect(VocDataset(root)).problems)
+
+
+def test_an_inspection_names_folds_that_have_no_episodes(tmp_path, shapes_root):
+    root = copied(shapes_root, tmp_path)
     (root / "classes.txt").write_text("\n".join("abcdefghijklm"))
-    found = "\n".join(inspect(VocDataset(root)).problems)
-    assert "train_aug.txt: expected ids of images" in found and "class 13 would never be tested" in found
+    assert "class 13 would never be tested" in inspect(VocDataset(root)).problems[0]
+    (root / "classes.txt").write_text("\n".join("abcdefghijklmnop"))
+    found = inspect(VocDataset(root)).problems
+    assert any("test: fold 3: expected images of its novel classes, got none at all" in line for line in found)

@@ -167,7 +167,7 @@ def s3_settings(url: str, bucket: str) -> dict[str, Any]:
     """Endpoint, addressing style, region and credentials as AWS's own rules have them (environment, configuration file,
     profile, sign-on, container, machine), so that stores and photographs are looked for in the same place.
 
-    Raises StoreError if they lead nowhere.
+    Raises StoreError if they are not usable.
     """
     import botocore.exceptions
     import botocore.session
@@ -178,7 +178,7 @@ def s3_settings(url: str, bucket: str) -> dict[str, Any]:
         credentials = session.get_credentials()
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         raise StoreError(
-            f"{url}: the settings for S3 lead nowhere ({first_line(error)}); check AWS_ENDPOINT_URL "
+            f"{url}: the settings for S3 are not usable ({first_line(error)}); check AWS_ENDPOINT_URL "
             "(http://HOST:PORT), AWS_PROFILE and AWS's configuration file"
         ) from None
     if credentials is None:

@@ -5,7 +5,7 @@ import json
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from upath import UPath
 
 from fsdino import paper
 from fsdino.data.folds import novel_classes
-from fsdino.errors import DataError, reachable
+from fsdino.errors import DataError, UserError, reachable
 from fsdino.preprocess import orientation, read_image
 from fsdino.weights import cache_folder
 
@@ -87,6 +87,12 @@ class Dataset(ABC):
         partial.rename(cached)
         return labels
 
+    def labels_digest(self, split: Split, image_ids: Iterable[str]) -> str:
+        """Eight hex digits of what the labels of these images hold."""
+        labels = self.labels(split)
+        described = json.dumps([(image_id, labels[image_id]) for image_id in image_ids])
+        return hashlib.sha256(described.encode()).hexdigest()[:8]
+
     def summary(self, image_id: str) -> "LabelSummary":
         """What a label holds. Raises DataError for classes that the data set does not have."""
         label = self.label(image_id)
@@ -130,12 +136,16 @@ def check_label_sizes(dataset: Dataset, split: Split, photographs: Mapping[str, 
     differing = [i for i, size in photographs.items() if i in labels and tuple(size) != labels[i].size]
     if differing:
         first = differing[0]
-        (width, height), label = photographs[first], labels[first].size
-        turned = orientation(dataset.source(first))
+        (width, height), label, source = photographs[first], labels[first].size, dataset.source(first)
+        if dataset.image(first).size == label:
+            raise UserError(
+                f"{source}: the photograph has changed since it was encoded at {width}x{height}, to "
+                f"{label[0]}x{label[1]}; rerun the extraction with --refresh"
+            )
         raise DataError(
-            f"{dataset.label_source(first)}: expected the size of its photograph {dataset.source(first)}, "
-            f"{width}x{height} (EXIF orientation {turned}), got {label[0]}x{label[1]}; so are {len(differing)} of "
-            f"{len(photographs)} labels; save labels as photographs are shown"
+            f"{dataset.label_source(first)}: expected the size of its photograph {source}, {width}x{height} (EXIF "
+            f"orientation {orientation(source)}), got {label[0]}x{label[1]}; {len(differing)} of {len(photographs)} "
+            "labels differ; save labels as photographs are shown"
         )
 
 

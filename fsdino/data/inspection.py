@@ -8,6 +8,8 @@ import numpy as np
 
 from fsdino import paper
 from fsdino.data.dataset import Dataset, Split
+from fsdino.data.episodes import EpisodeSampler
+from fsdino.data.protocols import HDMNET
 from fsdino.errors import UserError
 from fsdino.preprocess import orientation
 
@@ -48,9 +50,10 @@ def inspect(dataset: Dataset) -> Report:
     both = sorted(set(listed.get("train", ())) & set(listed.get("val", ())))
     if both:
         report.problems.append(
-            f"{dataset.root}: {len(both)} images train and test (the first: {both[0]}); take them out of one list"
+            f"{dataset.root}: {len(both)} images are in both lists (the first: {both[0]}); take them out of one"
         )
-    report.problems += _of_folds(dataset, report.per_class.get("val", {}))
+    if not report.problems:  # else it would only meet the same again
+        report.problems += _of_folds(dataset)
     return report
 
 
@@ -95,13 +98,17 @@ def _of_image(dataset: Dataset, image_id: str) -> _Found:
     return found
 
 
-def _of_folds(dataset: Dataset, tested: dict[str, int]) -> Iterator[str]:
-    """Folds that cannot be, and classes that nothing tests."""
-    try:
-        for fold in range(dataset.num_folds):
+def _of_folds(dataset: Dataset) -> Iterator[str]:
+    """Folds whose episodes cannot be drawn under protocol hdmnet."""
+    for fold in range(dataset.num_folds):
+        try:
             dataset.novel(fold)
-    except UserError as error:
-        yield f"{dataset.root}: {error.args[0]}"
-    for name, count in tested.items():
-        if count < 2:
-            yield f"{dataset.root}: class {name} is in {count} test images; an episode needs a query and a support"
+        except UserError as error:
+            yield f"{dataset.root}: {error.args[0]}"
+            return
+        for training in (True, False):
+            images = HDMNET.training_images if training else HDMNET.test_images
+            try:
+                EpisodeSampler(images(dataset, fold), shots=1, fold=fold, seed=0, training=training)
+            except UserError as error:
+                yield f"{dataset.root}: {'training' if training else 'test'}: {error.args[0]}"

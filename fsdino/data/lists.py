@@ -45,6 +45,8 @@ def parse_classes(place: str, data: bytes) -> list[str]:
         if name in names:
             raise DataError(f"{place}: line {number}: {name} is the name of class {names.index(name) + 1} already")
         names.append(name)
+    if names and names[0].strip("_").lower() == "background":
+        raise DataError(f"{place}: line {lines[0][0]}: expected class 1, got {names[0]}, which is 0; leave it out")
     if not names:
         raise DataError(f"{place}: expected names of classes, one a line, got none")
     return names
@@ -116,6 +118,7 @@ def _image_path(text: str) -> bool:
 
 def _stem(path: str) -> str:
     """The id that a path means: what is below the data set's folder of images or labels, without suffix."""
-    parts = path.lstrip("/").removeprefix("./").split("/")
-    below = parts[1:] if len(parts) > 1 and parts[0] in FOLDERS else parts[-1:]
+    parts = path.split("/")
+    known = [position for position, part in enumerate(parts[:-1]) if part in FOLDERS]
+    below = parts[known[-1] + 1 :] if known else parts[-1:]
     return "/".join(below).rsplit(".", 1)[0]

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from fsdino import paper
 from fsdino.errors import DataError, DataWarning, UserError
-from fsdino.preprocess import Source, decoded
+from fsdino.preprocess import DEEP, Source, decoded
 
 WHOLE_SHARE = 0.9  # of the image, above which a mask is more likely inverted than an object
 CLASSES_SHOWN = 64  # in one image; of more values some are a soft edge's, or a JPEG's
@@ -22,26 +22,10 @@ FLAT_SHARE = 0.5  # of the values between the extremes, above which they are cla
 def read_label(path: Source) -> UInt8[np.ndarray, "h w"]:
     """A label image as class numbers; a palette image gives its indices. 255 is void.
 
-    A label in VOC's colours is mapped back to numbers. Raises DataError if the file is missing, unreadable, has class
-    numbers above 255, or has other colours.
+    A label in VOC's colours is mapped back to numbers. Raises DataError if the file has class numbers above 255, other
+    colours, or can be read in two ways, UserError if it is missing or unreadable.
     """
-    image = decoded(path)
-    if image.mode in ("P", "L", "1"):
-        return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
-    if image.mode.startswith("I"):
-        numbers = np.asarray(image)
-        if numbers.min() < 0 or numbers.max() > paper.VOID:
-            wrong = int(numbers.min() if numbers.min() < 0 else numbers.max())
-            raise DataError(
-                f"{path}: expected class numbers 0 to 255, got {wrong}; save a class per number, not an instance"
-            )
-        return numbers.astype(np.uint8)
-    if image.mode == "F":
-        raise DataError(f"{path}: expected a label of class numbers, got floats; save it as 8-bit greyscale")
-    alpha, pixels = _alpha(image), np.asarray(image.convert("RGB"))
-    if alpha is not None and np.ptp(alpha):
-        raise DataError(f"{path}: expected a label of class numbers, got transparency; save it as 8-bit greyscale")
-    return _numbers_of_colours(path, pixels)
+    return _numbers(path, decoded(path))
 
 
 def read_mask(path: Source, size: tuple[int, int], value: int | None = None) -> UInt8[np.ndarray, "h w"]:
@@ -49,7 +33,7 @@ def read_mask(path: Source, size: tuple[int, int], value: int | None = None) -> 
 
     Of two values the brighter is the object (0 and 1 or 0 and 255, two colours, a palette of two colours); of soft
     edges what reaches half of the range; where colours say nothing, alpha is the mask. An image of several class
-    numbers needs `value`, the object's; its pixels of 255 are then void, 255 here too.
+    numbers needs `value`, the object's, and is read as a label; its pixels of 255 are then void, 255 here too.
 
     Raises UserError if the size differs from the photograph's, if no pixel is the object or every pixel is, or if the
     image can be read in two ways; warns (DataWarning) of soft edges, and of an object that covers 90 % of the image.
@@ -60,9 +44,9 @@ def read_mask(path: Source, size: tuple[int, int], value: int | None = None) -> 
             f"{path}: expected a mask of the photograph's size {size[0]}x{size[1]}, "
             f"got {image.size[0]}x{image.size[1]}{_turned(image.size, size)}; draw the mask on that photograph"
         )
-    values, is_palette = _mask_values(path, image)
     if value is not None:
-        return _one_value(path, values, value)
+        return _one_value(path, _numbers(path, image), value)
+    values, is_palette = _mask_values(path, image)
     mask = _object(path, values, is_palette)
     if not mask.any():
         raise UserError(
@@ -98,27 +82,60 @@ def voc_colours() -> UInt8[np.ndarray, "256 3"]:
     return colours.astype(np.uint8)
 
 
+def _numbers(path: Source, image: Image.Image) -> UInt8[np.ndarray, "h w"]:
+    """A label's class numbers. Raises as `read_label`."""
+    if image.mode == "P":
+        indices = np.asarray(image)
+        used = np.unique(indices)
+        palette = np.reshape(image.getpalette("RGB") or [], (-1, 3)).astype(np.uint8)
+        colours = palette[used[used < len(palette)]]
+        if len(colours) == len(used) and _known(colours).all() and (voc_colours()[used] != colours).any():
+            raise DataError(
+                f"{path}: its palette has VOC's colours at other numbers than VOC's, so the label can be read in two "
+                "ways; save class numbers as greyscale"
+            )
+        return indices
+    if image.mode in ("L", "1"):
+        return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
+    if image.mode.startswith("I"):
+        numbers = np.asarray(image)
+        if numbers.min() < 0 or numbers.max() > paper.VOID:
+            wrong = int(numbers.min() if numbers.min() < 0 else numbers.max())
+            raise DataError(
+                f"{path}: expected class numbers 0 to 255, got {wrong}; save a class per number, not an instance"
+            )
+        return numbers.astype(np.uint8)
+    if image.mode == "F":
+        raise DataError(f"{path}: expected a label of class numbers, got floats; save it as 8-bit greyscale")
+    _check_depth(path, image)
+    alpha = _alpha(image)
+    if alpha is not None and np.ptp(alpha):
+        raise DataError(f"{path}: expected a label of class numbers, got transparency; save it as 8-bit greyscale")
+    return _numbers_of_colours(path, np.asarray(image.convert("RGB")))
+
+
 def _mask_values(path: Source, image: Image.Image) -> tuple[Int[np.ndarray, "h w"], bool]:
     """A mask's values, the object's highest unless they are class numbers, and whether they are a palette's indices."""
     if image.mode == "P" and "transparency" not in image.info:
         indices = np.asarray(image).astype(np.int64)
-        palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
-        if len(np.unique(palette, axis=0)) <= 2 or (np.ptp(palette, axis=1) == 0).all():  # colours, not names
-            return palette.astype(np.int64).sum(1)[indices], False
+        palette = np.reshape(image.getpalette("RGB") or [], (-1, 3)).astype(np.int64)
+        if (np.ptp(palette, axis=1) == 0).all():  # greys are values, and so are two colours
+            return palette[:, 0][indices], False
+        if len(np.unique(palette, axis=0)) <= 2:
+            return palette.sum(1)[indices], False
         return indices, True
-    alpha = _alpha(image)
     if image.mode == "F":
         values = np.asarray(image)
         if not np.isfinite(values).all():
             raise UserError(f"{path}: expected a mask of numbers, got some that are not finite; save it as 8 bits")
         levels, positions = np.unique(values, return_inverse=True)
         if len(levels) > 2:
-            scaled = (values - values.min()) / np.ptp(values) * 65535
-            return np.round(scaled).astype(np.int64), False
+            return np.round((values - values.min()) / np.ptp(values) * 65535).astype(np.int64), False
         return positions.reshape(values.shape).astype(np.int64) + int(len(levels) == 1 and levels[0] > 0), False
     if image.mode in ("1", "L", "I") or image.mode.startswith("I;"):
         return np.asarray(image).astype(np.int64), False
-    colours = _colour_values(path, np.asarray(image.convert("RGB")))
+    _check_depth(path, image)
+    alpha, colours = _alpha(image), _colour_values(path, np.asarray(image.convert("RGB")))
     if alpha is None or not np.ptp(alpha):
         return colours, False
     if not np.ptp(colours):
@@ -132,13 +149,27 @@ def _mask_values(path: Source, image: Image.Image) -> tuple[Int[np.ndarray, "h w
 
 
 def _colour_values(path: Source, pixels: UInt8[np.ndarray, "h w 3"]) -> Int[np.ndarray, "h w"]:
-    """Brightness, or class numbers if the colours are several of VOC's."""
-    levels = np.unique(pixels.reshape(-1, 3), axis=0)
-    if len(levels) > 2 and not (np.ptp(levels, axis=1) == 0).all() and _known(levels).all():
-        return _numbers_of_colours(path, pixels).astype(np.int64)
+    """Brightness, or class numbers if the colours are several of VOC's. Raises UserError for several others."""
+    levels, positions = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
     if (np.ptp(levels, axis=1) == 0).all():
         return pixels[..., 0].astype(np.int64)
+    if len(levels) > 2 and _known(levels).all():
+        return _numbers_of_colours(path, pixels).astype(np.int64)
+    if 2 < len(levels) <= CLASSES_SHOWN:
+        ranks = np.empty(len(levels), np.int64)
+        ranks[np.argsort(levels.astype(np.int64).sum(1), kind="stable")] = np.arange(len(levels))
+        if _flat(ranks[positions].reshape(pixels.shape[:2])):
+            raise UserError(
+                f"{path}: expected a mask of one object, got {len(levels)} colours; save it with one channel, a number "
+                "for each object, and choose one with --mask-value"
+            )
     return pixels.astype(np.int64).sum(-1)
+
+
+def _check_depth(path: Source, image: Image.Image) -> None:
+    """Raise UserError for colours of 16 bits, of which Pillow keeps the upper half only."""
+    if image.info.get(DEEP):
+        raise DataError(f"{path}: expected 8 bits for each colour, got 16; save it as 8-bit greyscale")
 
 
 def _object(path: Source, values: Int[np.ndarray, "h w"], is_palette: bool) -> Bool[np.ndarray, "h w"]:
@@ -175,7 +206,7 @@ def _flat(values: Int[np.ndarray, "h w"]) -> bool:
     return bool((even & between).sum() >= FLAT_SHARE * between.sum())
 
 
-def _one_value(path: Source, values: Int[np.ndarray, "h w"], value: int) -> UInt8[np.ndarray, "h w"]:
+def _one_value(path: Source, values: UInt8[np.ndarray, "h w"], value: int) -> UInt8[np.ndarray, "h w"]:
     """The object of that class number, void kept."""
     if not (values == value).any():
         named = ", ".join(map(str, np.unique(values)[:12]))
@@ -192,12 +223,12 @@ def _alpha(image: Image.Image) -> Int[np.ndarray, "h w"] | None:
 
 
 def _numbers_of_colours(path: Source, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
-    """Class numbers of a label in VOC's colours, or of three equal channels. Raises DataError for other colours."""
+    """Class numbers of three equal channels, or of a label in VOC's colours. Raises DataError for other colours."""
     levels, positions = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-    if _known(levels).all():
-        numbers = np.array([_VOC_NUMBERS[tuple(level)] for level in levels.tolist()], np.uint8)
-    elif (np.ptp(levels, axis=1) == 0).all():
+    if (np.ptp(levels, axis=1) == 0).all():
         numbers = levels[:, 0]
+    elif _known(levels).all():
+        numbers = np.array([_VOC_NUMBERS[tuple(level)] for level in levels.tolist()], np.uint8)
     else:
         strange = tuple(levels[~_known(levels)][0].tolist())
         raise DataError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 from fsspec.utils import glob_translate
 
-from fsdino.errors import UserError
+from fsdino.errors import UserError, reachable
 from fsdino.preprocess import SUFFIXES
 
 
@@ -21,10 +21,10 @@ def list_photographs(place: str) -> dict[str, str]:
     Symbolic links are followed, each folder once. Raises UserError if there is none, or part of it cannot be listed.
     """
     try:
-        found = dict(sorted(_remote(place) if _is_url(place) else _local(place)))
-    except Exception as error:  # drivers have errors of their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--images {place}: cannot be listed: {reason}; check the place and who may read it") from None
+        with reachable(f"--images {place}"):
+            found = dict(sorted(_remote(place) if _is_url(place) else _local(place)))
+    except FileNotFoundError:
+        found = {}
     if not found:
         raise UserError(
             f"--images {place}: expected photographs, found none; name a folder with any of "

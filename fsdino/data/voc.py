@@ -6,8 +6,6 @@ their forms). An optional classes.txt names the classes, one per line from class
 are meant. A data set of one's own is known by its folder's name.
 """
 
-from functools import cached_property
-
 import numpy as np
 from jaxtyping import UInt8
 from upath import UPath
@@ -22,6 +20,7 @@ VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
     "sheep sofa train tvmonitor"
 ).split()
+JPEGS = (".jpg", ".jpeg")
 _LIST = {"train": "train_aug", "val": "val"}
 
 
@@ -40,6 +39,8 @@ class VocDataset(Dataset):
             own = names.exists()
             self.class_names = parse_classes(str(names), names.read_bytes()) if own else list(VOC_CLASSES)
         self.name = self.root.resolve().name if own else "pascal-5i"
+        self._ids: dict[Split, list[str]] = {}
+        self._photographs: dict[str, dict[str, str]] = {}  # of each folder: stem to name; of several the JPEG
 
     def ids(self, split: Split) -> list[str]:
         """See Dataset."""
@@ -54,22 +55,16 @@ class VocDataset(Dataset):
                     ) from None
         return list(self._ids[split])
 
-    @cached_property
-    def _ids(self) -> dict[Split, list[str]]:
-        return {}
-
-    @cached_property
-    def _photographs(self) -> dict[str, str]:
-        """Names of files by their stems; of several the JPEG."""
-        folder = self.root / "JPEGImages"
-        with reachable(folder):
-            names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        known = sorted((n for n in names if _suffix(n) in SUFFIXES), key=lambda n: (_suffix(n) == ".jpg", n))
-        return {name.rsplit(".", 1)[0]: name for name in known}
-
     def source(self, image_id: str) -> str:
         """See Dataset. A photograph that is not there is a JPEG."""
-        return str(self.root / "JPEGImages" / self._photographs.get(image_id, f"{image_id}.jpg"))
+        inner, _, stem = image_id.rpartition("/")
+        folder = self.root / "JPEGImages" / inner if inner else self.root / "JPEGImages"
+        if inner not in self._photographs:
+            with reachable(folder):
+                names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+            known = sorted((n for n in names if _suffix(n) in SUFFIXES), key=lambda n: (_suffix(n) in JPEGS, n))
+            self._photographs[inner] = {name.rsplit(".", 1)[0]: name for name in known}
+        return str(folder / self._photographs[inner].get(stem, f"{stem}.jpg"))
 
     def label_source(self, image_id: str) -> str:
         """See Dataset."""
