@@ -21,7 +21,7 @@ import tyro
 
 from feature_store import tools
 from feature_store.cache import CacheSettings
-from feature_store.errors import StoreError, StoreFault
+from feature_store.errors import OtherArray, StoreError, StoreFault
 from feature_store.reader import FeatureStore
 from feature_store.urls import redacted_text
 
@@ -37,7 +37,9 @@ def ls(root: Url) -> dict[str, Any]:
     for url in tools.find(root):
         try:
             stores.append(tools.describe(url))
-        except StoreError as error:  # another Zarr array, or a damaged store
+        except OtherArray as error:
+            print(error)
+        except StoreError as error:
             print(error)
             failed.append(url)
     for s in stores:

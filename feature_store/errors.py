@@ -9,6 +9,10 @@ class StoreFault(StoreError):
     """The place failed, not the request: a full disk, an object store that does not answer. Worth another try."""
 
 
+class OtherArray(StoreError):
+    """A Zarr array that is no feature store."""
+
+
 class OtherFormat(StoreError):
     """A store that another release wrote."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from feature_store import layout, manifest, packing
-from feature_store.errors import DamagedFile, OtherFormat, StoreError
+from feature_store.errors import DamagedFile, OtherArray, OtherFormat, StoreError
 from feature_store.schema import COMMANDS, Fingerprint, Row, build_id, text
 from feature_store.storage import open_folder
 from feature_store.urls import absolute
@@ -106,10 +106,10 @@ class ShardWriter:
         self.url = absolute(url)
         self.folder = open_folder(self.url)
         try:
-            array, plan = self.folder.read(layout.ARRAY), self.folder.read(layout.PLAN)
+            record = read_array(self.url, self.folder.read(layout.ARRAY))
+            plan = self.folder.read(layout.PLAN)
         except FileNotFoundError:
             raise StoreError(f"{self.url}: expected a feature store, found none; extract it first") from None
-        record = read_array(self.url, array)
         self.shape: tuple[int, ...] = tuple(record["shape"])
         self.fingerprint = Fingerprint.of_record(record["attributes"]["fingerprint"])
         self.rows = _read_plan(self.url, plan)
@@ -246,7 +246,7 @@ def read_array(url: str, data: Any) -> dict[str, Any]:
     except ValueError:
         raise DamagedFile(url, layout.ARRAY) from None
     except (KeyError, TypeError):
-        raise StoreError(f"{url}: expected a feature store, got a Zarr array without a fingerprint") from None
+        raise OtherArray(f"{url}: expected a feature store, got a Zarr array without a fingerprint") from None
     if fingerprint.get("format_version") != Fingerprint.format_version:
         command = COMMANDS.get(fingerprint.get("feature"), "extract_features")
         raise OtherFormat(

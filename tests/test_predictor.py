@@ -126,7 +126,7 @@ def test_mistakes_are_told_in_one_line(predictor, tmp_path):
             "expected photographs and one mask for each, got 1 photographs and 0",
         ),
         (lambda: predictor.register([PHOTO], [MASK[:9]]), r"expected a mask .* of \(48, 90\).* got \(9, 90\)"),
-        (lambda: predictor.register([PHOTO], [0 * MASK]), "at least one pixel set"),
+        (lambda: predictor.register([PHOTO], [0 * MASK]), "an object and its background, got one with 0% object"),
         (lambda: predictor.segment([]), "expected at least one class"),
         (lambda: predictor.segment([other]), "class 'cat' was registered with another segmenter"),
         (lambda: ClassEncoding.load(tmp_path / "none"), "expected a class file, found none"),

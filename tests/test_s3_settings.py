@@ -92,7 +92,7 @@ def test_what_may_not_be_read_is_the_users_matter(s3_endpoint, monkeypatch):
 
 def test_ls_fails_where_an_entry_failed(tmp_path):
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "zarr.json").write_text("{}")
+    (tmp_path / "other" / "zarr.json").write_text("{")
     line = [sys.executable, "-m", "feature_store", "ls", str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1 and str(Path(tmp_path) / "other") in done.stdout.splitlines()[-1]

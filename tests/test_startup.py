@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import FOLD, ROOT, flags
 
@@ -32,7 +34,7 @@ def loaded_by(name: str, *arguments: object) -> set[str]:
 
 
 def test_every_command_is_known():
-    assert len(COMMANDS) == 12 and {"reproduce", "predict", "train_episodic"} < set(COMMANDS)
+    assert len(COMMANDS) == 13 and {"reproduce", "predict", "train_episodic"} < set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -68,6 +70,7 @@ def test_a_prediction_loads_neither_ray_nor_mlflow_nor_pyarrow(whole_run, shapes
     photo = shapes_root / "JPEGImages" / "shapes_000000.jpg"
     label = Path(shapes_root) / "SegmentationClassAug" / "shapes_000000.png"
     arguments = ["--checkpoint", whole_run["4d"]["checkpoint"], "--support", photo, "--mask", label, "--query", photo]
+    arguments += ["--mask-value", int(np.unique(np.array(Image.open(label)))[1])]
     loaded = loaded_by("predict", *arguments, "--out", tmp_path)
     assert "torch" in loaded and not {"ray", "mlflow", "pyarrow", "zarr", "matplotlib"} & loaded
     assert (tmp_path / "shapes_000000.png").exists()
