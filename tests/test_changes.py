@@ -11,6 +11,8 @@ from PIL import Image
 from feature_store import FeatureStore, Fingerprint, Row, ShardWriter, StoreError, create, extend
 from feature_store.layout import num_shards, shard_rows
 from fsdino.data.photographs import file_stamps, same_file
+from pipelines import extraction
+from pipelines.recipes import Extraction
 from tests.conftest import run
 
 PRINT = Fingerprint("late", "m", "w", "l", "none", 28, 2, 4, view_seed=0, preprocessing="p")
@@ -132,3 +134,25 @@ def test_changed_photographs_are_named_and_refreshed_and_new_ones_added(tmp_path
     (folder / "03.png").unlink()
     gone = run("extract_features", *where)
     assert (gone["computed"], gone["changed"], len(ShardWriter(url).rows)) == (0, 0, 46)
+
+
+def test_a_changed_photograph_is_computed_again_in_every_shard_that_has_a_view_of_it(tmp_path):
+    views = [Row(f"{image}", view, f"/photos/{image}.jpg") for image in range(20) for view in range(3)]
+    writer = create(str(tmp_path / "store"), PRINT, views)
+    for shard in (0, 1):
+        members = writer.rows[shard * 32 : shard * 32 + 32]
+        stamps = [f"1 {row.sample_id}" for row in members]
+        writer.write(shard, np.zeros((len(members), 2, 2, 4)), [(1, 1)] * len(members), stamps=stamps)
+    now = {row[:2]: f"1 {row.sample_id}" for row in views} | {("10", view): "1 other" for view in range(3)}
+    assert extraction.changed_rows(writer, views, now) == {"10": {0, 1}}
+    assert extraction.changed_rows(writer, views, {}) == {}
+
+
+def test_another_set_under_the_same_name_is_refused(tmp_path):
+    writer = create(str(tmp_path / "store"), PRINT, rows(10))
+    two = {str(i): {0} for i in range(2)}
+    extraction.check_same_set(writer, two, rows(10), Extraction())
+    most = {str(i): {0} for i in range(7)}
+    extraction.check_same_set(writer, most, rows(10), Extraction(refresh=True))
+    with pytest.raises(StoreError, match="7 of 10 photographs are others than those that were extracted"):
+        extraction.check_same_set(writer, most, rows(12), Extraction())

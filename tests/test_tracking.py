@@ -81,6 +81,36 @@ def test_a_server_that_refuses_artifacts_still_gets_the_numbers(proxy, tmp_path)
     assert logged(proxy.address, one.run_id) == ({1: 3.0}, ["panels/training.png"], "FINISHED")
 
 
+def test_what_a_run_left_is_sent_before_the_next_run_of_the_same_work(proxy, tmp_path):
+    outbox, ids = Outbox(str(tmp_path)), []
+    for number in (1.0, 2.0):
+        proxy.answer_all = None
+        with tracking.running(proxy.address, "extract", "again", {}, outbox=outbox) as one:
+            proxy.answer_all = 503
+            one.log(1, loss=number)
+        ids.append(one.run_id)
+    proxy.answer_all = None
+    assert logged(proxy.address, ids[0]) == ({1: 1.0}, [], "FINISHED") and outbox.waiting() == [ids[1]]
+    assert tracking.deliver(proxy.address, outbox) and logged(proxy.address, ids[1]) == ({1: 2.0}, [], "FINISHED")
+
+
+def test_what_is_kept_before_a_kill_is_sent_by_the_rerun(proxy, tmp_path):
+    outbox = Outbox(str(tmp_path))
+    with tracking.running(proxy.address, "evaluate", "killed", {}, outbox=outbox) as one:
+        one.log(0, loss=0.5)
+        one.keep("FINISHED")
+        killed = outbox.read(one.run_id)
+    outbox.write(killed)  # as if nothing had come after
+    assert tracking.close(proxy.address, one.run_id, outbox) and not outbox.waiting()
+    assert logged(proxy.address, one.run_id) == ({0: 0.5}, [], "FINISHED")
+
+
+def test_names_that_mlflow_does_not_take_are_written_otherwise(proxy, tmp_path):
+    with tracking.running(proxy.address, "evaluate", "names", {}, outbox=Outbox(str(tmp_path))) as one:
+        one.log(0, **{"iou_jack-o'-lantern, large": 0.5})
+    assert tracking.MlflowClient(proxy.address).get_run(one.run_id).data.metrics == {"iou_jack-o_-lantern_ large": 0.5}
+
+
 def test_an_error_in_the_block_is_what_is_raised_even_if_the_server_is_gone(proxy, tmp_path):
     outbox = Outbox(str(tmp_path))
     with pytest.raises(ZeroDivisionError), tracking.running(proxy.address, "train", "error", {}, outbox=outbox) as one:
@@ -131,10 +161,10 @@ def test_a_training_whose_server_dies_publishes_its_checkpoint_and_is_complete_a
     watcher.join()
     assert trained["loss"] == pytest.approx(whole_run["4d"]["loss"], rel=1e-5)
     assert Segmenter.load(trained["checkpoint"])[1]["training"]["loss"] == trained["loss"]
-    assert "the work goes on" in capsys.readouterr().err and (folder / "unsent.json").exists()
-    assert train(there, "orphan") == trained and (folder / "unsent.json").exists()  # still dead
+    assert "the work goes on" in capsys.readouterr().err and list(folder.glob("unsent-*.json"))
+    assert train(there, "orphan") == trained and list(folder.glob("unsent-*.json"))  # still dead
     proxy.answer_all = None
-    assert train(there, "orphan") == trained and not (folder / "unsent.json").exists()
+    assert train(there, "orphan") == trained and not list(folder.glob("unsent-*.json"))
     client = tracking.MlflowClient(proxy.address)
     (known,) = client.search_runs([client.get_experiment_by_name("train").experiment_id], "run_name = 'orphan'")
     losses, artifacts, status = logged(proxy.address, known.info.run_id)
