@@ -111,6 +111,8 @@ TRAINED = "shapes/tiny_vit@70"
 def whole_run(places) -> dict[str, dict[str, Any]]:
     """Every command once; title to result."""
     everywhere, fold = flags(places), ["--fold", FOLD]
+    # Ray's workers have working folders of their own, so a relative path must not mean one there.
+    here = {k: os.path.relpath(v) if k in ("--data", "--store", "--out") else v for k, v in places.items()}
     two = ["--workers", 2, "--worker-cpus", 0.5]
     results = {
         "teacher": run("extract_teacher", *everywhere),
@@ -118,7 +120,7 @@ def whole_run(places) -> dict[str, dict[str, Any]]:
         "distill": run("distill", *everywhere, *two),
         "bake": run("bake_embeddings", *everywhere),
         "4d": run("train_episodic", *everywhere, *fold),
-        "compact": run("train_episodic", *everywhere, *fold, "--variant", "compact"),
+        "compact": run("train_episodic", *flags(here), *fold, "--variant", "compact"),
     }
     for method in ("prototype", "nearest"):
         results[f"score {method}"] = run("evaluate", *everywhere, *fold, "--method", method)
