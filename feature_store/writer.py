@@ -29,8 +29,7 @@ def create(url: str, fingerprint: Fingerprint, rows: Sequence[Row], grown: bool 
     url = absolute(url)
     if not rows:
         raise StoreError(f"{url}: expected at least one row to store, got none")
-    if len({row[:2] for row in rows}) != len(rows):
-        raise StoreError(f"{url}: expected every sample and view once, got some of them twice")
+    _check_unique(url, rows)
     folder = open_folder(url)
     there = set(folder.names(""))
     if layout.ARRAY in there:
@@ -70,6 +69,7 @@ def extend(writer: "ShardWriter", rows: Sequence[Row]) -> "ShardWriter":
     part full, becomes missing. The caller holds the store's lock; killed, it may be called again."""
     absent = writer.lacks(rows)
     grown = [*writer.rows, *absent]
+    _check_unique(writer.url, grown)
     array = _array_bytes(writer.fingerprint, len(grown))
     if not absent:
         if writer.shape[0] != len(grown):  # killed between plan and array
@@ -88,6 +88,12 @@ def extend(writer: "ShardWriter", rows: Sequence[Row]) -> "ShardWriter":
     folder.write(layout.PLAN, [manifest.plan_bytes(grown)])
     folder.write(layout.ARRAY, [array])
     return ShardWriter(writer.url)
+
+
+def _check_unique(url: str, rows: Sequence[Row]) -> None:
+    """Raise StoreError if two rows are one sample under one view, as the store writes their names."""
+    if len({(text(row.sample_id), row.view) for row in rows}) != len(rows):
+        raise StoreError(f"{url}: expected every sample and view once, got some of them twice")
 
 
 def _akin(planned: Sequence[Row], rows: Sequence[Row]) -> bool:

@@ -1,5 +1,6 @@
 """Whose fault it is: the caller's (UserError, exit code 2) or a machine's, a network's, a library's (Fault, 1)."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,12 +38,16 @@ def reachable(place: object) -> Iterator[None]:
         yield
     except (UserError, Fault, FileNotFoundError):
         raise
-    except (PermissionError, NotADirectoryError) as error:
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(
             f"{place}: expected a place to read, got: {first_line(error)}; check path, permissions and credentials"
         ) from None
     except (ValueError, ImportError) as error:  # fsspec's word for a scheme that it does not know
         raise UserError(f"{place}: expected a path or an fsspec URL, got: {first_line(error)}") from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise Fault(f"{place}: cannot be read: {first_line(error)}; check the place and rerun") from None
+        raise UserError(f"{str(place)[:80]}...: expected a path, got one that is too long") from None
     except Exception as error:  # drivers have errors of their own for servers that fail
         if type(error).__name__ in NO_CREDENTIALS:
             raise UserError(f"{place}: expected credentials for it, found none; set them in the environment") from None

@@ -24,6 +24,8 @@ SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .hei
 ORIENTATION = 0x0112  # EXIF's tag
 DEEP = "16-bit colour"
 """In an image's info: whether its file has 16 bits for each colour channel."""
+FEW_BITS = "bits of grey"
+"""In an image's info: of a file of 2 or 4 bits of grey how many."""
 PREPROCESSING = "v2"
 """Version of what turns a file into a network's input: turned as EXIF says, drawn as data/views.py says, resized to a
 square (bilinear, antialiased), scaled by the network's mean and deviation. Change it with whatever changes a pixel."""
@@ -84,9 +86,13 @@ def decoded(path: Source, use: Callable[[Image.Image], Image.Image] = lambda ima
     data = _bytes(path)
     try:
         image = Image.open(io.BytesIO(data))
-        deep = _is_deep_colour(image)
+        raw, deep = str([tile[3] for tile in getattr(image, "tile", ())]), _is_deep_colour(image)
+        if getattr(image, "tag_v2", {}).get(262) == 0 and image.mode.startswith("I;16"):
+            raise ValueError("16 bits of grey whose zero is white")
         image.load()
         image.info[DEEP] = deep
+        if few := re.search("L;([24])'", raw):
+            image.info[FEW_BITS] = int(few[1])
         return use(image)
     except MemoryError:
         raise
@@ -120,7 +126,9 @@ def _bytes(path: Source) -> bytes:
     except (zipfile.BadZipFile, zlib.error, IsADirectoryError) as error:
         raise UserError(f"{path}: expected a readable image, got: {error}; check the file") from None
     except OSError as error:
-        if error.errno == errno.ELOOP or (isinstance(error, PermissionError) and not remote):
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG) or (
+            isinstance(error, PermissionError) and not remote
+        ):
             raise UserError(f"{path}: expected a readable image, got: {error.strerror}; check the file") from None
         raise
     except Exception as error:  # drivers have errors of their own for servers that fail or refuse

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
@@ -12,6 +13,16 @@ from feature_store.urls import absolute, is_url, local_path, redacted
 from fsdino.errors import UserError
 
 S = TypeVar("S")
+TRACKING_SCHEMES = (
+    "http",
+    "https",
+    "postgresql",
+    "postgresql+psycopg2",
+    "mysql",
+    "mysql+pymysql",
+    "mssql",
+    "databricks",
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,10 @@ class Location:
 
     def check(self, flag: str, value: str) -> str:
         """The absolute place. Raises UserError if its URL carries credentials, or if no folder could be made there."""
-        if not value or (self.hub and value.startswith("hf:")):
+        if self.hub and value.startswith("hf:"):
             return value
+        if not value or value[0] in "~$" or re.match(r"\w+:[/\\](?!/)", value):
+            raise UserError(f"{flag} {value!r}: expected a path or a URL; your shell may not have filled it in")
         if value != redacted(value):
             raise UserError(
                 f"{flag} {redacted(value)}: expected a URL without credentials or a query; put credentials into the "
@@ -74,7 +87,10 @@ class Tracking:
             if os.path.isdir(path):
                 raise UserError(f"{flag} {value}: expected a database file, got a folder")
             return f"sqlite:///{path}"
-        if urlsplit(value).scheme in ("http", "https") and value != redacted(value):
+        scheme = urlsplit(value).scheme
+        if scheme not in TRACKING_SCHEMES or not urlsplit(value).netloc:
+            raise UserError(f"{flag} {redacted(value)}: expected sqlite:///FILE or the http address of a server")
+        if scheme in ("http", "https") and value != redacted(value):
             raise UserError(
                 f"{flag} {redacted(value)}: expected an address without credentials; set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD"

@@ -42,11 +42,11 @@ class Settings:
     """Supports in an episode."""
     method: Literal["segmenter", "prototype", "two-prototype", "nearest"] = "segmenter"
     """A trained segmenter, or a baseline without training (fsdino/baselines.py) on the same features."""
-    checkpoint: Place = ""
-    """Checkpoint folder; if empty, that of train_episodic for this fold and the model's flags."""
+    checkpoint: Place | None = None
+    """Checkpoint folder, instead of that of train_episodic for this fold and the model's flags."""
     panel: str = ""
     """Also write the picture panel to this file."""
-    masks: Folder = ""
+    masks: Folder | None = None
     """Also write each episode's predicted mask into this folder, as EPISODE_CLASS_QUERY.png."""
 
 
@@ -114,7 +114,7 @@ def job(settings: Settings) -> dict[str, Any]:
             episodes=testing.episodes,
             tracking_uri=places.tracking_uri,
             panel=settings.panel,
-            masks=settings.masks,
+            masks=settings.masks or "",
         )
         about = {
             "dataset": dataset.name,

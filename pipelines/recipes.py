@@ -14,6 +14,7 @@ from pipelines.checks import (
     Cores,
     Count,
     Few,
+    Folder,
     Output,
     Place,
     Range,
@@ -34,7 +35,7 @@ class Places:
     """Data set in VOC's layout: the folder that holds JPEGImages, on a path every node can read or any fsspec URL."""
     store: Output = "outputs/stores"
     """Root of the feature stores: a path or any fsspec URL."""
-    cache: Output | None = None
+    cache: Folder | None = None
     """Folder on a local disk that keeps samples of remote stores; none: no cache."""
     cache_gb: Annotated[float, Range(0, 1e9)] = 100
     """Largest size of the cache in GB (10^9 bytes)."""

@@ -38,6 +38,11 @@ WRONG = {
     "an absolute path": (b"a\n/etc/passwd\n", r"l: line 2: expected an id, a path to an image, or a pair"),
     "a way out": (b"../../secret\n", r"l: line 1: expected an id"),
     "invisible characters within": ("a\nb\u200bc\n".encode(), r"l: line 2: .* characters that cannot be seen"),
+    "a table": (b"a.jpg,a.png\n", "l: line 1: expected an id"),
+    "quotes": (b'"a"\n', "l: line 1: expected an id"),
+    "a remark": (b"a\n# b\n", "l: line 2: expected an id"),
+    "another folder of labels": (b"JPEGImages/a.jpg SegmentationObject/a.png\n", "label in SegmentationClassAug"),
+    "one id in two spellings": (b"x/a\nx//a\n", "l: line 2: expected an id below the folder"),
     "nothing": (b"\n \n", "l: expected ids of images, one a line, got none"),
     "flags that are all absent": (b"a -1\nb -1\n", "got none"),
 }
@@ -63,6 +68,10 @@ def test_class_names_come_one_a_line():
         (b"a\n\nb\n", "c: line 2: expected the name of class 2, got a blank line"),
         ("a\n\u200b\nb\n".encode(), "c: line 2: expected the name of class 2, got a blank line"),
         (b"a\nb\na\n", "c: line 3: a is the name of class 1 already"),
+        (b"0 background\n1 dog\n2 cat\n", "c: line 1: expected names alone, numbered by their lines"),
+        (b"__ignore__\n_background_\ncat\n", "c: line 1: expected a class from 1 up, got __ignore__"),
+        (b"1,cat\n", "c: line 1: expected the name of a class and nothing else"),
+        (b"".join(b"c%d\n" % i for i in range(255)), "c: expected at most 254 classes"),
         (b"", "c: expected names of classes, one a line, got none"),
     ],
 )

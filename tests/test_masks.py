@@ -191,7 +191,7 @@ def test_mask_value_is_a_palettes_index_whatever_its_colours(tmp_path):
 
 def test_labels_that_can_be_read_in_two_ways_are_refused(tmp_path):
     palette_image(NUMBERS == 12, [(0, 0, 0), (64, 0, 128)]).save(tmp_path / "label.png")
-    with pytest.raises(UserError, match="VOC's colours at other numbers than VOC's"):
+    with pytest.raises(UserError, match="its palette shows other numbers than it holds"):
         read_label(tmp_path / "label.png")
     same = palette_image(NUMBERS, voc_colours().tolist())
     same.save(tmp_path / "label.png")
@@ -199,3 +199,52 @@ def test_labels_that_can_be_read_in_two_ways_are_refused(tmp_path):
     three = Image.fromarray(np.where(NUMBERS == 1, 64, 0).astype(np.uint8)).convert("RGB")
     three.save(tmp_path / "label.png")
     assert set(np.unique(read_label(tmp_path / "label.png"))) == {0, 64}  # equal channels are numbers
+
+
+def test_a_palette_is_judged_by_the_colours_that_are_used(tmp_path):
+    palette_image(~TRUTH, [(255, 255, 255), (0, 0, 0), (255, 0, 0)]).save(tmp_path / "mask.png")
+    assert np.array_equal(read_mask(tmp_path / "mask.png", SIZE), TRUTH)
+
+
+def test_grey_of_few_bits_is_read_as_it_was_written(tmp_path):
+    Image.fromarray(NUMBERS % 2).save(tmp_path / "label.png", bits=4)
+    with Image.open(tmp_path / "label.png") as four:
+        assert np.asarray(four).max() in (1, 17)
+    assert np.array_equal(read_label(tmp_path / "label.png"), NUMBERS % 2)
+    Image.fromarray(NUMBERS > 0).save(tmp_path / "label.png")
+    assert np.array_equal(read_label(tmp_path / "label.png"), NUMBERS > 0)
+
+
+def test_thin_classes_and_jpegs_of_classes_are_never_a_soft_edge(tmp_path):
+    thin = np.zeros((40, 60), np.uint8)
+    thin[5:35, 18:20] = thin[5:35, 22:24] = 255
+    thin[5:35, 20:22] = 2
+    refused(tmp_path, Image.fromarray(thin), "got values 2, 255; choose one", (60, 40))
+    three = np.zeros(SIZE[::-1], np.uint8)
+    three[20:70, 20:90], three[80:140, 100:180] = 127, 255
+    for quality in (50, 75, 95):
+        Image.fromarray(three).save(tmp_path / "mask.jpg", quality=quality)
+        with pytest.raises(UserError, match="expected a mask of one object"):
+            read_mask(tmp_path / "mask.jpg", SIZE)
+    noisy = Image.fromarray(three).resize((800, 600))
+    noisy.save(tmp_path / "mask.jpg", quality=30)
+    with pytest.raises(UserError, match="as a JPEG or soft edges have"):
+        read_mask(tmp_path / "mask.jpg", (800, 600), 127)
+
+
+def test_a_class_that_covers_all_but_void_is_refused(tmp_path):
+    half = np.full((40, 60), 8, np.uint8)
+    half[:20] = 255
+    Image.fromarray(half).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="covers the whole image"):
+        read_mask(tmp_path / "mask.png", (60, 40), 8)
+
+
+def test_odd_palettes_and_transparent_greys_are_refused_or_right(tmp_path):
+    grey = DISC.point(lambda v: 255 - v)
+    grey.save(tmp_path / "mask.png", transparency=255)
+    with pytest.raises(UserError, match="its colours and its transparency show different objects"):
+        read_mask(tmp_path / "mask.png", SIZE)
+    DISC.save(tmp_path / "mask.png", exif=b"Exif\0\0garbage")
+    with pytest.raises(UserError, match="expected a readable image"):
+        read_mask(tmp_path / "mask.png", SIZE)

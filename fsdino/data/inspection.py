@@ -85,6 +85,8 @@ def _of_image(dataset: Dataset, image_id: str) -> _Found:
             f"{label_source}: {width}x{height}, but its photograph {source} is {size[0]}x{size[1]} "
             f"(EXIF orientation {orientation(source)}); save labels as photographs are shown"
         )
+    elif size is not None and (turned := orientation(dataset.source(image_id))) != 1 and orientation(label_source) == 1:
+        found.notes.append(f"{label_source}: its photograph is turned by EXIF ({turned}); is the label drawn that way?")
     values = [int(v) for v in np.unique(label) if v not in (0, paper.VOID)]
     beyond = [v for v in values if v > known]
     if beyond:
@@ -107,8 +109,11 @@ def _of_folds(dataset: Dataset) -> Iterator[str]:
             yield f"{dataset.root}: {error.args[0]}"
             return
         for training in (True, False):
-            images = HDMNET.training_images if training else HDMNET.test_images
+            images = (HDMNET.training_images if training else HDMNET.test_images)(dataset, fold)
+            listed = {c for of_image in images.values() for c in of_image.listed}
+            for class_id in () if training or not images else set(dataset.novel(fold)) - listed:
+                yield f"{dataset.root}: class {dataset.class_names[class_id - 1]}: no image of the test list shows it"
             try:
-                EpisodeSampler(images(dataset, fold), shots=1, fold=fold, seed=0, training=training)
+                EpisodeSampler(images, shots=1, fold=fold, seed=0, training=training)
             except UserError as error:
                 yield f"{dataset.root}: {'training' if training else 'test'}: {error.args[0]}"

@@ -9,7 +9,9 @@ from fsdino.preprocess import SUFFIXES
 Line = tuple[int, str]
 FLAGS = re.compile(r"(\S.*?)\s+(-1|0|1)")
 ABSENT = "-1"
-FOLDERS = ("JPEGImages", "SegmentationClassAug", "SegmentationClass")
+MOST_CLASSES = 254
+LABELS = "SegmentationClassAug"
+FOLDERS = ("JPEGImages", LABELS)
 
 
 def parse_ids(place: str, data: bytes) -> list[str]:
@@ -26,6 +28,8 @@ def parse_ids(place: str, data: bytes) -> list[str]:
             break
     seen: dict[str, int] = {}
     for number, image_id in ids or []:
+        if not image_id or {"", ".", ".."} & set(image_id.split("/")):
+            raise DataError(f"{place}: line {number}: expected an id below the folder of images, got {image_id!r}")
         if image_id in seen:
             raise DataError(f"{place}: line {number}: {image_id} is in line {seen[image_id]} already; remove one")
         seen[image_id] = number
@@ -45,8 +49,15 @@ def parse_classes(place: str, data: bytes) -> list[str]:
         if name in names:
             raise DataError(f"{place}: line {number}: {name} is the name of class {names.index(name) + 1} already")
         names.append(name)
-    if names and names[0].strip("_").lower() == "background":
-        raise DataError(f"{place}: line {lines[0][0]}: expected class 1, got {names[0]}, which is 0; leave it out")
+    for number, name in lines:
+        if name.strip("_").lower() in ("background", "ignore", "void", "unlabeled", "unlabelled"):
+            raise DataError(f"{place}: line {number}: expected a class from 1 up, got {name}; leave it out")
+        if name.startswith("#") or any(c in name for c in ',;"') or name.endswith(":"):
+            raise DataError(f"{place}: line {number}: expected the name of a class and nothing else, got {name!r}")
+    if names and all(re.match(r"\d+\W", name) for name in names):
+        raise DataError(f"{place}: line {lines[0][0]}: expected names alone, numbered by their lines, got {names[0]!r}")
+    if len(names) > MOST_CLASSES:
+        raise DataError(f"{place}: expected at most {MOST_CLASSES} classes, as 255 is void, got {len(names)}")
     if not names:
         raise DataError(f"{place}: expected names of classes, one a line, got none")
     return names
@@ -82,7 +93,8 @@ def _flagged(place: str, lines: list[Line]) -> list[Line] | None:
     for number, line, match in matches:
         if match is None:
             raise DataError(f"{place}: line {number}: expected an id and a flag of -1, 0 or 1, as above, got {line!r}")
-    return [(number, match[1]) for number, _, match in matches if match and match[2] != ABSENT]
+    present = [(number, match[1]) for number, _, match in matches if match and match[2] != ABSENT]
+    return [(number, _stem(name) if _image_path(name) else name) for number, name in present]
 
 
 def _paired(place: str, lines: list[Line]) -> list[Line] | None:
@@ -92,9 +104,15 @@ def _paired(place: str, lines: list[Line]) -> list[Line] | None:
     ids = []
     for number, line in lines:
         image, *label = line.split()
+        if "," in line or ";" in line or "\\" in line:
+            raise DataError(f"{place}: line {number}: expected an id, a path to an image, or a pair, got {line!r}")
         if not _image_path(image) or len(label) > 1:
             raise DataError(f"{place}: line {number}: expected an image's path and a label's, as above, got {line!r}")
         image_id = _stem(image)
+        if label and label[0].split("/")[-2:-1] not in ([], [LABELS]):
+            raise DataError(
+                f"{place}: line {number}: expected a label in {LABELS}, which is what is read, got {label[0]}"
+            )
         if label and _stem(label[0]) != image_id:
             raise DataError(
                 f"{place}: line {number}: expected a label called {image_id}, got {label[0]}; give it the image's name"
@@ -106,7 +124,8 @@ def _paired(place: str, lines: list[Line]) -> list[Line] | None:
 def _plain(place: str, lines: list[Line]) -> list[Line]:
     """Ids as they are."""
     for number, line in lines:
-        if line.startswith("/") or ".." in line.split("/") or "\t" in line:
+        suffix = _image_path(line.split()[-1])
+        if line.startswith(("/", "#")) or suffix or any(c in line for c in '\t,;\\"'):
             raise DataError(f"{place}: line {number}: expected an id, a path to an image, or a pair, got {line!r}")
     return lines
 

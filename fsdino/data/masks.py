@@ -12,10 +12,12 @@ from PIL import Image, ImageOps
 
 from fsdino import paper
 from fsdino.errors import DataError, DataWarning, UserError
-from fsdino.preprocess import DEEP, Source, decoded
+from fsdino.preprocess import DEEP, FEW_BITS, Source, decoded
 
 WHOLE_SHARE = 0.9  # of the image, above which a mask is more likely inverted than an object
 CLASSES_SHOWN = 64  # in one image; of more values some are a soft edge's, or a JPEG's
+FEW_LEVELS = 4  # between the extremes: class numbers whatever their shape, as a soft edge has more
+BINS, SMALLEST_SHARE = 20, 0.005  # of brightness; of the even areas, from which they are no noise
 FLAT_SHARE = 0.5  # of the values between the extremes, above which they are class numbers and no soft edge
 
 
@@ -25,7 +27,7 @@ def read_label(path: Source) -> UInt8[np.ndarray, "h w"]:
     A label in VOC's colours is mapped back to numbers. Raises DataError if the file has class numbers above 255, other
     colours, or can be read in two ways, UserError if it is missing or unreadable.
     """
-    return _numbers(path, decoded(path))
+    return _numbers(path, decoded(path, ImageOps.exif_transpose))
 
 
 def read_mask(path: Source, size: tuple[int, int], value: int | None = None) -> UInt8[np.ndarray, "h w"]:
@@ -38,21 +40,22 @@ def read_mask(path: Source, size: tuple[int, int], value: int | None = None) -> 
     Raises UserError if the size differs from the photograph's, if no pixel is the object or every pixel is, or if the
     image can be read in two ways; warns (DataWarning) of soft edges, and of an object that covers 90 % of the image.
     """
-    image = ImageOps.exif_transpose(decoded(path))
+    image = decoded(path, ImageOps.exif_transpose)
     if image.size != size:
         raise UserError(
             f"{path}: expected a mask of the photograph's size {size[0]}x{size[1]}, "
             f"got {image.size[0]}x{image.size[1]}{_turned(image.size, size)}; draw the mask on that photograph"
         )
     if value is not None:
-        return _one_value(path, _numbers(path, image), value)
-    values, is_palette = _mask_values(path, image)
-    mask = _object(path, values, is_palette)
-    if not mask.any():
+        mask = _one_value(path, _numbers(path, image), value)
+    else:
+        mask = _object(path, *_mask_values(path, image)).astype(np.uint8)
+    known = mask[mask != paper.VOID]
+    if not known.any():
         raise UserError(
             f"{path}: expected at least one foreground pixel, got none; mark the object with a value above 0"
         )
-    covered = float(mask.mean())
+    covered = float(known.mean())
     if covered == 1:
         raise UserError(
             f"{path}: expected an object and a background, got a mask that covers the whole image; mark the "
@@ -64,7 +67,7 @@ def read_mask(path: Source, size: tuple[int, int], value: int | None = None) -> 
             DataWarning,
             stacklevel=2,
         )
-    return mask.astype(np.uint8)
+    return mask
 
 
 def binary_label(label: UInt8[np.ndarray, "h w"], class_id: int) -> UInt8[np.ndarray, "h w"]:
@@ -85,18 +88,20 @@ def voc_colours() -> UInt8[np.ndarray, "256 3"]:
 def _numbers(path: Source, image: Image.Image) -> UInt8[np.ndarray, "h w"]:
     """A label's class numbers. Raises as `read_label`."""
     if image.mode == "P":
-        indices = np.asarray(image)
-        used = np.unique(indices)
-        palette = np.reshape(image.getpalette("RGB") or [], (-1, 3)).astype(np.uint8)
-        colours = palette[used[used < len(palette)]]
-        if len(colours) == len(used) and _known(colours).all() and (voc_colours()[used] != colours).any():
+        indices, used, colours = _palette(path, image)
+        differ = (colours != voc_colours()[used]).any()
+        greys = _grey(colours) and (colours[:, 0] != used).any()
+        if (_known(colours).all() and differ) or (greys and colours.tolist() != [[0] * 3, [255] * 3]):
             raise DataError(
-                f"{path}: its palette has VOC's colours at other numbers than VOC's, so the label can be read in two "
-                "ways; save class numbers as greyscale"
+                f"{path}: its palette shows other numbers than it holds, so the label can be read in two ways; save "
+                "class numbers as greyscale"
             )
         return indices
-    if image.mode in ("L", "1"):
-        return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
+    if image.mode == "1":
+        return np.array(image, dtype=np.uint8)
+    if image.mode == "L":
+        bits = image.info.get(FEW_BITS, 8)  # Pillow spreads 2 and 4 bits over 8
+        return (np.asarray(image) // (255 // (2**bits - 1))).astype(np.uint8)
     if image.mode.startswith("I"):
         numbers = np.asarray(image)
         if numbers.min() < 0 or numbers.max() > paper.VOID:
@@ -117,15 +122,17 @@ def _numbers(path: Source, image: Image.Image) -> UInt8[np.ndarray, "h w"]:
 def _mask_values(path: Source, image: Image.Image) -> tuple[Int[np.ndarray, "h w"], bool]:
     """A mask's values, the object's highest unless they are class numbers, and whether they are a palette's indices."""
     if image.mode == "P" and "transparency" not in image.info:
-        indices = np.asarray(image).astype(np.int64)
-        palette = np.reshape(image.getpalette("RGB") or [], (-1, 3)).astype(np.int64)
-        if (np.ptp(palette, axis=1) == 0).all():  # greys are values, and so are two colours
-            return palette[:, 0][indices], False
-        if len(np.unique(palette, axis=0)) <= 2:
-            return palette.sum(1)[indices], False
-        return indices, True
+        indices, used, colours = _palette(path, image)
+        shown = np.zeros(256, np.int64)
+        if _grey(colours):  # greys are values, and so are two colours
+            shown[used] = colours[:, 0]
+            return shown[indices], False
+        if len(used) <= 2:
+            shown[used] = colours.astype(np.int64).sum(1)
+            return shown[indices], False
+        return indices.astype(np.int64), True
     if image.mode == "F":
-        values = np.asarray(image)
+        values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all():
             raise UserError(f"{path}: expected a mask of numbers, got some that are not finite; save it as 8 bits")
         levels, positions = np.unique(values, return_inverse=True)
@@ -133,7 +140,11 @@ def _mask_values(path: Source, image: Image.Image) -> tuple[Int[np.ndarray, "h w
             return np.round((values - values.min()) / np.ptp(values) * 65535).astype(np.int64), False
         return positions.reshape(values.shape).astype(np.int64) + int(len(levels) == 1 and levels[0] > 0), False
     if image.mode in ("1", "L", "I") or image.mode.startswith("I;"):
-        return np.asarray(image).astype(np.int64), False
+        if "transparency" not in image.info:
+            numbers = np.asarray(image).astype(np.int64)
+            if numbers.min() < 0:
+                raise UserError(f"{path}: expected a mask of numbers from 0 up, got {numbers.min()}; save it as 8 bits")
+            return numbers, False
     _check_depth(path, image)
     alpha, colours = _alpha(image), _colour_values(path, np.asarray(image.convert("RGB")))
     if alpha is None or not np.ptp(alpha):
@@ -146,6 +157,21 @@ def _mask_values(path: Source, image: Image.Image) -> tuple[Int[np.ndarray, "h w
         f"{path}: its colours and its transparency show different objects; save the mask without transparency, or "
         "in transparency alone"
     )
+
+
+def _palette(path: Source, image: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A palette image's indices, those that are used, and their colours. Raises UserError if some have none."""
+    indices = np.asarray(image)
+    used = np.unique(indices)
+    palette = np.reshape(image.getpalette("RGB") or [], (-1, 3)).astype(np.uint8)
+    if used[-1] >= len(palette):
+        raise UserError(f"{path}: expected a palette of {used[-1] + 1} colours, got {len(palette)}; save it again")
+    return indices, used, palette[used]
+
+
+def _grey(colours: np.ndarray) -> bool:
+    """Whether all channels of each are equal."""
+    return bool((colours == colours[:, :1]).all())
 
 
 def _colour_values(path: Source, pixels: UInt8[np.ndarray, "h w 3"]) -> Int[np.ndarray, "h w"]:
@@ -179,7 +205,7 @@ def _object(path: Source, values: Int[np.ndarray, "h w"], is_palette: bool) -> B
         return values > 0
     if len(levels) == 2 and (levels[0] == 0 or not is_palette):
         return values == levels[1]
-    if is_palette or (len(levels) <= CLASSES_SHOWN and _flat(values)):
+    if is_palette or len(levels) <= 2 + FEW_LEVELS or _flat(values):
         named = ", ".join(map(str, levels[levels > 0][:12])) + (", ..." if len(levels) > 13 else "")
         raise UserError(f"{path}: expected a mask of one object, got values {named}; choose one with --mask-value")
     between = int(((values > levels[0]) & (values < levels[-1])).sum())
@@ -198,19 +224,34 @@ def _halved(values: Int[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
 
 
 def _flat(values: Int[np.ndarray, "h w"]) -> bool:
-    """Whether the values between the extremes lie in even areas, as class numbers do and soft edges do not."""
-    between = (values > values.min()) & (values < values.max())
-    even = np.zeros_like(between)
-    same = (values[:-1, :-1] == values[1:, :-1]) & (values[:-1, :-1] == values[:-1, 1:])
-    even[:-1, :-1] = same & (values[:-1, :-1] == values[1:, 1:])
+    """Whether values between the extremes lie in even areas, as class numbers do and soft edges do not.
+
+    Of many values some are a JPEG's noise: then even means nearly so, and the even areas must be of three brightnesses.
+    """
+    low, high = int(values.min()), int(values.max())
+    many = len(np.unique(values)) > CLASSES_SHOWN
+    blocks = np.stack([values[:-1, :-1], values[1:, :-1], values[:-1, 1:], values[1:, 1:]])
+    even = np.zeros(values.shape, bool)
+    even[:-1, :-1] = np.ptp(blocks, axis=0) <= ((high - low) // 25 if many else 0)
+    if many:
+        counts, _ = np.histogram(values[even], BINS, (low, high))
+        filled = np.concatenate([[False], counts >= SMALLEST_SHARE * even.sum()])
+        return int((filled[1:] & ~filled[:-1]).sum()) > 2
+    between = (values > low) & (values < high)
     return bool((even & between).sum() >= FLAT_SHARE * between.sum())
 
 
 def _one_value(path: Source, values: UInt8[np.ndarray, "h w"], value: int) -> UInt8[np.ndarray, "h w"]:
     """The object of that class number, void kept."""
-    if not (values == value).any():
-        named = ", ".join(map(str, np.unique(values)[:12]))
+    levels = np.unique(values)
+    if value not in levels:
+        named = ", ".join(map(str, levels[:12])) + (", ..." if len(levels) > 12 else "")
         raise UserError(f"{path}: expected pixels of --mask-value {value}, got values {named}; choose one of those")
+    if len(levels) > CLASSES_SHOWN:
+        raise UserError(
+            f"{path}: expected class numbers for --mask-value, got {len(levels)} values, as a JPEG or soft edges have; "
+            "save the label as PNG, or leave --mask-value out for a mask of one object"
+        )
     void = (values == paper.VOID) & (value != paper.VOID)
     return np.where(void, paper.VOID, values == value).astype(np.uint8)
 
