@@ -15,7 +15,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from fsdino import specs
-from fsdino.errors import UserError
+from fsdino.errors import Fault, UserError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def fetch(name: str, published: Published | None = None) -> Path:
 
     A download that breaks off resumes where it stopped, now or in a later call; the file appears under its final name
     only when it is whole and its hash is right. `FSDINO_OFFLINE=1` forbids any download.
-    Raises UserError if it cannot be had, or if its size or hash is wrong.
+    Raises Fault if it cannot be downloaded, or if its size or hash is wrong; UserError if it may not be.
     """
     published = published or PUBLISHED[name]
     target = cache_folder() / published.url.rsplit("/", 1)[1]
@@ -118,7 +118,7 @@ def _download(published: Published, out: BinaryIO, target: Path) -> None:
             reason = str(error) or type(error).__name__
         if out.tell() == before:  # else the next try starts at once
             time.sleep(WAIT_SECONDS * 2**attempt)
-    raise UserError(
+    raise Fault(
         f"{published.url}: cannot download ({reason}); rerun to resume, put the file at {target}, or name a local file"
     ) from None
 
@@ -142,7 +142,7 @@ def _rest(published: Published, out: BinaryIO, name: str) -> bool:
 
 
 def _check(published: Published, partial: Path) -> None:
-    """Raise UserError, and remove the file, if its size or hash is not the publisher's."""
+    """Raise Fault, and remove the file, if its size or hash is not the publisher's."""
     wrong = None
     if published.size is not None and partial.stat().st_size != published.size:
         wrong = f"expected {published.size} bytes, got {partial.stat().st_size}"
@@ -154,7 +154,7 @@ def _check(published: Published, partial: Path) -> None:
             wrong = f"expected a file whose {algorithm} begins with {prefix}, got {found[:12]}"
     if wrong:
         partial.unlink()
-        raise UserError(f"{published.url}: {wrong}; rerun, or download it by hand and name the file")
+        raise Fault(f"{published.url}: {wrong}; rerun, or download it by hand and name the file")
 
 
 def from_hub(reference: str) -> Path:

@@ -17,7 +17,7 @@ from segment_anything.build_sam import sam_model_registry
 
 from fsdino import weights
 from fsdino.encoder import build_encoder
-from fsdino.errors import UserError
+from fsdino.errors import Fault, UserError
 from fsdino.state import load_state, sam_decoder_state
 from fsdino.teacher import build_teacher
 from fsdino.weights import PUBLISHED, Published, fetch
@@ -91,7 +91,7 @@ def attempt(published):
     """What a process that wants the file ends with."""
     try:
         return fetch("name", published)
-    except UserError as error:
+    except (UserError, Fault) as error:
         return str(error)
 
 
@@ -107,9 +107,9 @@ def test_a_download_is_checked_and_kept(server, cache):
 
 
 def test_wrong_bytes_are_refused_and_leave_nothing_behind(server, cache):
-    with pytest.raises(UserError, match="expected a file whose md5 begins with 000000"):
+    with pytest.raises(Fault, match="expected a file whose md5 begins with 000000"):
         fetch("name", Published(f"{server}/whole/file.pth", "md5:000000"))
-    with pytest.raises(UserError, match=f"expected 7 bytes, got {len(BODY)}"):
+    with pytest.raises(Fault, match=f"expected 7 bytes, got {len(BODY)}"):
         fetch("name", Published(f"{server}/whole/file.pth", None, 7))
     assert kept(cache) == []
 
@@ -140,16 +140,16 @@ def test_a_server_without_ranges_starts_from_the_beginning(server, cache):
 
 
 def test_a_connection_that_never_gets_further_is_given_up(server, cache):
-    with pytest.raises(UserError, match=r"broke off after 400000 bytes\); rerun to resume"):
+    with pytest.raises(Fault, match=r"broke off after 400000 bytes\); rerun to resume"):
         fetch("name", Published(f"{server}/stuck/file.pth", None))
     assert len(Handler.asked) == weights.TRIES
 
 
 def test_a_busy_server_is_asked_again_and_an_absent_file_is_not(server, cache):
-    with pytest.raises(UserError, match=r"cannot download .*503"):
+    with pytest.raises(Fault, match=r"cannot download .*503"):
         fetch("name", Published(f"{server}/broken/file.pth", None))
     assert len(Handler.asked) == weights.TRIES
-    with pytest.raises(UserError, match=r"cannot download .*404.* put the file at .*file\.pth, or name a local file"):
+    with pytest.raises(Fault, match=r"cannot download .*404.* put the file at .*file\.pth, or name a local file"):
         fetch("name", Published(f"{server}/absent/file.pth", None))
     assert len(Handler.asked) == weights.TRIES + 1
 
@@ -164,7 +164,7 @@ def test_two_processes_that_want_one_file_download_it_once(server, cache):
 
 @pytest.mark.parametrize("manner", ["garbage", "chunked"])
 def test_answers_that_are_no_http_are_a_failed_download(server, cache, manner):
-    with pytest.raises(UserError, match=r"cannot download \("):
+    with pytest.raises(Fault, match=r"cannot download \("):
         fetch("name", Published(f"{server}/{manner}/file.pth", MD5))
 
 
