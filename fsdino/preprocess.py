@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from upath import UPath
 
-from fsdino.errors import DataWarning, UserError
+from fsdino.errors import DataWarning, UserError, first_line
 
 Source = str | Path | UPath
 """A path of this machine, or any fsspec URL."""
@@ -101,7 +101,7 @@ def decoded(path: Source, use: Callable[[Image.Image], Image.Image] = lambda ima
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: expected an image of at most 178 megapixels, got more ({error}); scale it") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, OverflowError and more
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     raise UserError(f"{path}: expected a readable image, got: {reason}; convert it to JPEG or PNG")
 
 

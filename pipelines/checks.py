@@ -98,6 +98,23 @@ class Tracking:
         return value
 
 
+@dataclass(frozen=True)
+class PictureFile:
+    """A PNG file of this machine, in a folder that exists."""
+
+    def check(self, flag: str, value: str) -> str:
+        """The path. Raises UserError if no picture can be written there."""
+        if Path(value).suffix != ".png" or not Path(value).absolute().parent.is_dir():
+            raise UserError(f"{flag} {value}: expected a .png file in a folder that exists")
+        return value
+
+
+def check_batch(batch: int, workers: int) -> None:
+    """Raise UserError if a batch cannot be split evenly."""
+    if batch % workers:
+        raise UserError(f"--workers {workers}: expected a divisor of the batch {batch}")
+
+
 def check_writable(flag: str, path: str) -> None:
     """Raise UserError if a folder is not there and could not be made there, or if nothing may be written in it."""
     there = Path(path)
@@ -167,4 +184,6 @@ Folder = Annotated[str, Location(written=True, local=True)]
 """A folder of this machine that is written."""
 Weights = Annotated[str, Location(hub=True)]
 """A weights file, or one on the hub."""
+Picture = Annotated[str, PictureFile()]
+"""A picture that is written."""
 TrackingUri = Annotated[str, Tracking()]

@@ -17,6 +17,7 @@ import numpy as np
 from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
 from pipelines import checkpoints, stores
+from pipelines.checks import check_batch
 from pipelines.cli import main
 from pipelines.recipes import Backbone, Device, Distillation, Places, RecipeName, Teaching, Workers
 from pipelines.runs import RunFolder, identity
@@ -40,10 +41,7 @@ def job(settings: Settings) -> dict[str, Any]:
     places, backbone, distillation = settings.places, settings.backbone, settings.distillation
     if not distillation.distill_res:
         raise UserError("--distill-res: expected at least one resolution, got none")
-    if distillation.distill_batch % settings.workers.workers:
-        raise UserError(
-            f"--workers {settings.workers.workers}: expected a divisor of the batch {distillation.distill_batch}"
-        )
+    check_batch(distillation.distill_batch, settings.workers.workers)
     dataset = open_dataset(places.data)
     early = [
         stores.open_encoded(places, dataset.name, "early", backbone, res_px) for res_px in distillation.distill_res

@@ -186,7 +186,7 @@ class Distiller:
             picture = draw_panel(job.dataset, self.adapter, self.pairs(job.early[-1], shown), shown)
             run.picture(picture, "panels/embeddings.png")
         run.flush(at_once=True)
-        run.keep(run.unsent.status)
+        run.keep()
 
 
 @torch.inference_mode()

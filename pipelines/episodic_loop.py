@@ -130,7 +130,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         with tracking.optional(run, "the picture of training"):
             run.picture(draw_panel(segmenter, loader, job.sampler, worker.device), "panels/training.png")
         run.flush(at_once=True)
-        run.keep(run.unsent.status)
+        run.keep()
 
 
 @torch.inference_mode()

@@ -9,7 +9,6 @@ Cost: 1,000 episodes of the offline recipe took 36 s on two cores.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from feature_store import FeatureStore, Fingerprint
@@ -19,7 +18,7 @@ from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.protocols import protocol_of
 from fsdino.errors import UserError
 from pipelines import checkpoints, stores
-from pipelines.checks import Few, Fold, Folder, Place
+from pipelines.checks import Few, Fold, Folder, Picture, Place
 from pipelines.cli import main
 from pipelines.recipes import Backbone, Benchmark, Device, Places, RecipeName, Testing, model_run, model_title
 from pipelines.runs import ScoreFile, identity
@@ -44,7 +43,7 @@ class Settings:
     """A trained segmenter, or a baseline without training (fsdino/baselines.py) on the same features."""
     checkpoint: Place | None = None
     """Checkpoint folder, instead of that of train_episodic for this fold and the model's flags."""
-    panel: str = ""
+    panel: Picture | None = None
     """Also write the picture panel to this file."""
     masks: Folder | None = None
     """Also write each episode's predicted mask into this folder, as EPISODE_CLASS_QUERY.png."""
@@ -95,7 +94,6 @@ def job(settings: Settings) -> dict[str, Any]:
         late=late.fingerprint,
         **scored,
     )
-    check_outputs(settings)
     scores = ScoreFile(f"{folder}/scores", title, same)
     result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
     if result is None:
@@ -113,7 +111,7 @@ def job(settings: Settings) -> dict[str, Any]:
             res_px=settings.backbone.res,
             episodes=testing.episodes,
             tracking_uri=places.tracking_uri,
-            panel=settings.panel,
+            panel=settings.panel or "",
             masks=settings.masks or "",
         )
         about = {
@@ -128,16 +126,6 @@ def job(settings: Settings) -> dict[str, Any]:
         }
         result = scoring.score(planned, about)
     return result
-
-
-def check_outputs(settings: Settings) -> None:
-    """Raise UserError if panel or masks could not be written, before any episode runs."""
-    if settings.panel and (
-        Path(settings.panel).suffix != ".png" or not Path(settings.panel).absolute().parent.is_dir()
-    ):
-        raise UserError(f"--panel {settings.panel}: expected a .png file in a folder that exists")
-    if settings.masks and Path(settings.masks).exists() and not Path(settings.masks).is_dir():
-        raise UserError(f"--masks {settings.masks}: expected a folder, got a file")
 
 
 def open_query(settings: Settings, url: str, record: dict[str, Any], dataset: str, late: FeatureStore) -> FeatureStore:

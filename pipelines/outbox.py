@@ -24,13 +24,6 @@ class Unsent:
     status: str = ""
     """FINISHED or FAILED; empty while the run goes on."""
 
-    def add(self, later: "Unsent") -> None:
-        """Put what came later behind."""
-        self.points += later.points
-        self.pictures |= later.pictures
-        self.folders |= later.folders
-        self.status = later.status or self.status
-
     def __bool__(self) -> bool:
         return bool(self.points or self.pictures or self.folders or self.status)
 

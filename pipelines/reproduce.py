@@ -15,6 +15,7 @@ from feature_store.urls import local_path
 from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
 from pipelines import sequence, tables
+from pipelines.checks import check_batch
 from pipelines.cli import main
 from pipelines.sequence import Study as Settings
 
@@ -26,10 +27,7 @@ def job(settings: Settings) -> dict[str, Any]:
         dataset.novel(fold)
     if not settings.folds or not settings.shots:
         raise UserError(f"--folds {settings.folds}, --shots {settings.shots}: expected at least one fold and one shot")
-    if settings.episodic.batch % settings.workers.workers:
-        raise UserError(
-            f"--workers {settings.workers.workers}: expected a divisor of --batch {settings.episodic.batch}"
-        )
+    check_batch(settings.episodic.batch, settings.workers.workers)
     log = Path(local_path(settings.places.out) or "outputs") / "reproduce.log"
     print(f"log of all steps: {log}", file=sys.stderr)
     results = sequence.run(settings, sequence.plan(settings), log)

@@ -96,10 +96,11 @@ class Run:
                     "work goes on, and a rerun of the command sends what is missing"
                 )
 
-    def keep(self, status: str = "") -> None:
-        """Put all that has not been sent where a rerun finds it, with the `status` that the run will have: before a
+    def keep(self, status: str | None = None) -> None:
+        """Put all that has not been sent where a rerun finds it; with the `status` that the run will have before a
         result is published, so that neither can be lost without the other."""
-        self.unsent.status = status
+        if status is not None:
+            self.unsent.status = status
         if self.outbox:
             self.outbox.write(self.unsent)
 
@@ -107,7 +108,7 @@ class Run:
         """Send what there is, and keep the rest."""
         self.flush()
         if self._said:
-            self.keep(self.unsent.status)
+            self.keep()
 
     def end(self, ok: bool = True) -> bool:
         """Send the rest and mark the run finished or failed. Whether all was sent."""

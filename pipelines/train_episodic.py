@@ -15,10 +15,9 @@ from fsdino.config import SegmenterConfig, SegmenterShape
 from fsdino.data.dataset import open_dataset
 from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.protocols import protocol_of
-from fsdino.errors import UserError
 from fsdino.weights import weights_digest
 from pipelines import checkpoints, stores
-from pipelines.checks import Fold, Place, Weights
+from pipelines.checks import Fold, Place, Weights, check_batch
 from pipelines.cli import main
 from pipelines.recipes import (
     RECIPES,
@@ -173,12 +172,6 @@ def title(settings: Settings) -> str:
     if settings.device.train_precision != recipe.device.train_precision:
         words.append(settings.device.train_precision)
     return "-".join([model_run(settings.fold, settings.model, settings.recipe), *words])
-
-
-def check_batch(batch: int, workers: int) -> None:
-    """Raise UserError if a batch cannot be split evenly."""
-    if batch % workers:
-        raise UserError(f"--workers {workers}: expected a divisor of the batch {batch}")
 
 
 if __name__ == "__main__":

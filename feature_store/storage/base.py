@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from feature_store.errors import StoreError, StoreFault
+from fsdino.errors import first_line
 
 T = TypeVar("T")
 Bytes = bytes | memoryview
@@ -85,8 +86,3 @@ def patiently(place: str, request: Callable[[], T]) -> T:
                 ) from None
             time.sleep(random.uniform(0, BACKOFF_SECONDS * 2**attempt))
     raise AssertionError("unreachable")
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from feature_store.errors import StoreError
-from feature_store.storage.base import PATIENCE_SECONDS, Bytes, Folder, first_line, patiently
+from feature_store.storage.base import PATIENCE_SECONDS, Bytes, Folder, patiently
+from fsdino.errors import first_line
 
 T = TypeVar("T")
 REQUEST_SECONDS = 120.0  # for one request, body included; FSDINO_STORE_TIMEOUT overrides it
