@@ -23,8 +23,8 @@ class EpisodeBatch:
     query_late: Float[Tensor, "b c g g"]
     query_input: Float[Tensor, "b e g g"] | None
     """Embeddings, or early features where no frozen adapter made any; None if no store was given."""
-    query_labels: UInt8[Tensor, "b s s"]
-    """1 the class, 0 elsewhere, 255 void."""
+    query_labels: UInt8[Tensor, "b s s"] | None
+    """1 the class, 0 elsewhere, 255 void; None where nothing is trained."""
 
     def to(self, device: torch.device) -> "EpisodeBatch":
         """The batch on a device, features as float32."""
@@ -34,7 +34,7 @@ class EpisodeBatch:
             self.support_masks.to(device, torch.float32),
             self.query_late.to(device, torch.float32),
             None if self.query_input is None else self.query_input.to(device, torch.float32),
-            self.query_labels.to(device),
+            None if self.query_labels is None else self.query_labels.to(device),
         )
 
 
@@ -56,6 +56,7 @@ class EpisodeLoss(nn.Module):
 
     def forward(self, batch: EpisodeBatch) -> dict[str, Tensor]:
         """`loss` (Eq. 8) and its parts `final`, and `prior` where the variant has one."""
+        assert batch.query_labels is not None
         predicted = segment_batch(self.segmenter, batch)
         losses = {"final": mask_loss(predicted.mask_logits, batch.query_labels)}
         if predicted.prior_logits is not None:

@@ -29,3 +29,4 @@ SAM_MASK_CHANNELS = 16  # hidden channels of SAM's mask_downscaling
 
 MIN_CLASS_PIXELS = 2 * 32 * 32  # PFENet's rule: a class counts in an image from 2,048 labelled pixels
 VOID = 255  # VOC's "ignore"
+PASCAL_TRAIN_IMAGES = 5953  # PFENet's list: VOC's segmentation train and SBD's train without VOC's val

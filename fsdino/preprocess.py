@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from upath import UPath
 
 from fsdino.errors import DataWarning, UserError, first_line
+from fsdino.tars import is_member, read_member
 
 Source = str | Path | UPath
 """A path of this machine, or any fsspec URL."""
@@ -117,10 +118,14 @@ def _bytes(path: Source) -> bytes:
     """The file at a path of this machine or at any fsspec URL. Raises UserError, or OSError if the place fails."""
     remote = isinstance(path, str) and not path.startswith("/") and "://" in path
     try:
+        if is_member(path):
+            return read_member(str(path))
         if remote:
             with fsspec.open(path, "rb") as file:
                 return file.read()
         return (Path(path) if isinstance(path, str) else path).read_bytes()
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: expected an image file, found nothing there{_beside(path)}; check the path") from None
     except (zipfile.BadZipFile, zlib.error, IsADirectoryError) as error:

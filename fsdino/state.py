@@ -2,7 +2,7 @@
 
 import hashlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fsdino import paper, specs
 from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
 from fsdino.errors import UserError
+from fsdino.peak import PeakPrompt
 from fsdino.weights import weights_file
 
 _SAM_PARTS = {
@@ -21,6 +22,15 @@ _SAM_PARTS = {
     "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": "positional_encoding.gaussian",
 }
 """SAM's key names to the segmenter's."""
+_SAM_POINTS = {
+    "mask_decoder.": "decoder.",
+    "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": "positional_encoding.gaussian",
+    "prompt_encoder.point_embeddings.0.weight": "background_point.weight",
+    "prompt_encoder.point_embeddings.1.weight": "foreground_point.weight",
+    "prompt_encoder.not_a_point_embed.weight": "not_a_point_embed.weight",
+    "prompt_encoder.no_mask_embed.weight": "no_mask_embed.weight",
+}
+"""SAM's key names to those of `PeakPrompt`."""
 
 
 def load_state(
@@ -46,18 +56,29 @@ def sam_decoder_state(name: str, weights: str | None = None) -> dict[str, Tensor
 
     Only these are read: SAM itself, 640 M parameters for ViT-H, is not built. Raises UserError as `load_state`.
     """
+    wanted = {f"decoder.{key}": value for key, value in MaskDecoder().state_dict().items()}
+    wanted |= {f"mask_downscaling.{k}": v for k, v in mask_downscaling(paper.EMBEDDING_CHANNELS).state_dict().items()}
+    wanted["positional_encoding.gaussian"] = PositionalEncoding(paper.EMBEDDING_CHANNELS).gaussian
+    return _sam_state(name, weights, _SAM_PARTS, wanted)
+
+
+def sam_prompt_state(name: str, weights: str | None = None) -> dict[str, Tensor]:
+    """SAM's mask decoder and what its prompt encoder needs for points, under the names of `PeakPrompt`."""
+    return _sam_state(name, weights, _SAM_POINTS, PeakPrompt().state_dict())
+
+
+def _sam_state(
+    name: str, weights: str | None, parts: Mapping[str, str], wanted: dict[str, Tensor]
+) -> dict[str, Tensor]:
     if name not in specs.SAM:
         raise UserError(f"--sam-decoder {name}: no such checkpoint; known are {', '.join(specs.SAM)}")
     path = weights_file(name, weights)
     assert path is not None
     state = {}
     for key, value in _read(path, weights).items():
-        for theirs, ours in _SAM_PARTS.items():
+        for theirs, ours in parts.items():
             if key.startswith(theirs):
                 state[ours + key.removeprefix(theirs)] = value.clone()  # a copy, not a view of the whole file
-    wanted = {f"decoder.{key}": value for key, value in MaskDecoder().state_dict().items()}
-    wanted |= {f"mask_downscaling.{k}": v for k, v in mask_downscaling(paper.EMBEDDING_CHANNELS).state_dict().items()}
-    wanted["positional_encoding.gaussian"] = PositionalEncoding(paper.EMBEDDING_CHANNELS).gaussian
     check_state(state, wanted, name, path, weights)
     return state
 

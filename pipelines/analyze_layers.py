@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
 from fsdino.specs import encoder_spec, teacher_spec
+from pipelines import datasets
 from pipelines.checks import Count, Picture, Seed
 from pipelines.cli import main
 from pipelines.recipes import Backbone, Device, Places, RecipeName, Teaching
@@ -39,7 +39,7 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Run both networks over the images, average, show."""
-    dataset, backbone = open_dataset(settings.places.data), settings.backbone
+    dataset, backbone = datasets.dataset_of(settings.places), settings.backbone
     ids = dataset.ids("train")
     if not 0 < settings.images <= len(ids):
         raise UserError(f"--images {settings.images}: expected 1 to {len(ids)}, the training images there are")

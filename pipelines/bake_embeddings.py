@@ -11,9 +11,8 @@ from typing import Any
 
 from feature_store import Fingerprint
 from fsdino.config import SegmenterConfig
-from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
-from pipelines import checkpoints, extraction, stores
+from pipelines import checkpoints, datasets, extraction, stores
 from pipelines.checks import Place
 from pipelines.cli import main
 from pipelines.networks import BakePlan
@@ -32,7 +31,8 @@ class Settings:
     extraction: Extraction
     model: SegmenterConfig
     adapter_checkpoint: Place | None = None
-    """A distilled adapter's folder, path or URL, instead of the one that was distilled on this data set."""
+    """Folder, path or URL, of an adapter, or of a segmenter whose adapter is meant, instead of the adapter that was
+    distilled on this data set."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def job(settings: Settings) -> dict[str, Any]:
     if settings.model.adapter == "joint":
         raise UserError("--adapter joint: it learns from early features, so there is nothing to bake; train it")
     places, backbone = settings.places, settings.backbone
-    dataset = open_dataset(places.data)
+    dataset = datasets.dataset_of(places)
     early = stores.open_encoded(places, dataset.name, "early", backbone, backbone.res)
     of = early.fingerprint
     adapter = checkpoints.plan_adapter(
@@ -64,11 +64,7 @@ def job(settings: Settings) -> dict[str, Any]:
     return extraction.extract(
         BakePlan(adapter),
         ReadStored(early.url, of),
-        [
-            extraction.Target(
-                stores.place(places.store, dataset.name, fingerprint, of.res_px), fingerprint, early.samples
-            )
-        ],
+        [extraction.Target(stores.place(places.store, dataset.name, fingerprint), fingerprint, early.samples)],
         settings.extraction,
         places.tracking_uri,
     )

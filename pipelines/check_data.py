@@ -11,6 +11,7 @@ from typing import Any
 
 from fsdino.data.dataset import open_dataset
 from fsdino.data.inspection import inspect
+from fsdino.kinds import Kind
 from pipelines.checks import Place
 from pipelines.cli import main
 
@@ -21,19 +22,22 @@ class Settings:
 
     data: Place
     """The data set: a path or any fsspec URL."""
+    dataset: Kind | None = None
+    """Which data set the folder holds; none: its layout tells."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Inspect, then list what was found."""
-    dataset = open_dataset(settings.data)
+    dataset = open_dataset(settings.data, settings.dataset)
     report = inspect(dataset)
     for problem in report.problems:
         print(problem)
     for note in report.notes:
         print(f"note: {note}")
     counts = {"problems": len(report.problems), "notes": len(report.notes)}
-    folds = {str(fold): dataset.novel(fold) for fold in range(dataset.num_folds)} if not report.problems else {}
-    return {"dataset": dataset.name, **asdict(report), **counts, "folds": folds}
+    folds = {str(f): dataset.novel(f) for f in range(len(dataset.folds))} if not report.problems else {}
+    about = {"dataset": dataset.name, "kind": dataset.kind, "classes": len(dataset.class_names)}
+    return {**about, **asdict(report), **counts, "folds": folds}
 
 
 if __name__ == "__main__":

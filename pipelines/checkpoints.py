@@ -28,9 +28,14 @@ def run_folder(places: Places, dataset: str, backbone: Backbone) -> str:
     return absolute(f"{places.out}/{dataset}/{backbone.title}")
 
 
-def distill_name(teaching: Teaching) -> str:
-    """The name of a distillation's run."""
-    return f"distill-{teaching.teacher}"
+def adapters_folder(places: Places, backbone: Backbone) -> str:
+    """The folder of all adapters for an encoder."""
+    return absolute(f"{places.out}/adapters/{backbone.title}")
+
+
+def distill_name(teaching: Teaching, images: str) -> str:
+    """The name of a distillation's run: the teacher, and the set of images that the adapter learns from."""
+    return f"{teaching.teacher}-on-{images}"
 
 
 def publish(folder: str | Path, url: str) -> None:
@@ -77,6 +82,8 @@ class AdapterPlan:
         """The adapter itself, in eval mode."""
         from fsdino.adapter import BottleneckAdapter
 
+        if self.kind == "segmenter":
+            return load_segmenter(self.url)[0].adapter.eval()
         if self.kind == "distilled":
             return _fetched(self.url, checkpoint.files("adapter"), BottleneckAdapter.load)[0]
         return _random_adapter(self.in_channels, self.out_channels, self.seed)
@@ -94,9 +101,9 @@ def plan_adapter(
 ) -> AdapterPlan:
     """The adapter that the settings ask for, for an encoder of these weights.
 
-    A distilled one is at `checkpoint_url`, else it is this data set's, encoder's and teacher's. `seed` is a joint
-    adapter's; one that stays random is always the same. Raises UserError if there is no distilled one, or if it was
-    distilled from another encoder.
+    A distilled one is at `checkpoint_url`, an adapter's or a segmenter's, else it is the encoder's and teacher's that
+    was distilled on this data set. `seed` is a joint adapter's; one that stays random is always the same. Raises
+    UserError if there is no distilled one, or if it was distilled from another encoder.
     """
     if model.adapter != "distilled":
         from fsdino.state import state_digest
@@ -107,9 +114,11 @@ def plan_adapter(
     url = (
         absolute(checkpoint_url)
         if checkpoint_url
-        else f"{run_folder(places, dataset, backbone)}/{distill_name(teaching)}/final"
+        else f"{adapters_folder(places, backbone)}/{distill_name(teaching, dataset)}/final"
     )
-    record = read_record(url, "adapter")
+    record, kind = _adapter_record(url)
+    if kind == "segmenter":
+        return _of_segmenter(url, record, backbone, encoder_weights)
     layer = encoder_spec(backbone.encoder, backbone.early_norm, backbone.late_norm).early
     expected = {"model": backbone.encoder, "weights": encoder_weights, "layer": layer.name, "norm": layer.norm}
     differing = Fingerprint.of_record(record["early"]).differences(expected)
@@ -120,6 +129,35 @@ def plan_adapter(
         )
     config = record["config"]
     return AdapterPlan("distilled", url, config["in_channels"], config["out_channels"], record["digest"], seed)
+
+
+def _adapter_record(url: str) -> tuple[dict[str, Any], str]:
+    """The record of an adapter, or of the segmenter that is there instead, and which it is."""
+    try:
+        return read_record(url, "adapter"), "adapter"
+    except UserError:
+        try:
+            return read_record(url, "segmenter"), "segmenter"
+        except UserError:
+            pass
+        raise
+
+
+def _of_segmenter(url: str, record: dict[str, Any], backbone: Backbone, encoder_weights: str) -> AdapterPlan:
+    """The adapter within a segmenter."""
+    if "late" not in record or "adapter" not in record:
+        raise UserError(f"{url}: the checkpoint does not say what it was trained on; use one written by train_episodic")
+    differing = Fingerprint.of_record(record["late"]).differences(
+        {"model": backbone.encoder, "weights": encoder_weights, "res_px": backbone.res}
+    )
+    if differing:
+        raise UserError(f"{url}: the segmenter was trained on other features ({'; '.join(differing)})")
+    if record["adapter"]["kind"] == "joint":
+        raise UserError(f"{url}: its adapter was trained along and reads early features; there is nothing to bake")
+    shape = record["shape"]
+    return AdapterPlan(
+        "segmenter", url, shape["early_channels"], shape["embedding_channels"], record["adapter"]["digest"], 0
+    )
 
 
 def _random_adapter(in_channels: int, out_channels: int, seed: int) -> "BottleneckAdapter":

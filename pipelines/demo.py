@@ -90,6 +90,7 @@ def study_of(settings: Settings, out: Path) -> Study:
     return Study(
         recipe="offline",
         places=places,
+        photographs=recipe.photographs,
         backbone=replace(recipe.backbone, res=RES_PX),
         teaching=recipe.teaching,
         extraction=recipe.extraction,

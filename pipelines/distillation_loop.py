@@ -16,9 +16,10 @@ from torch import Tensor
 from feature_store import FeatureStore
 from fsdino import ridge
 from fsdino.adapter import BottleneckAdapter
-from fsdino.data.dataset import Dataset
 from fsdino.losses import distillation_loss
+from fsdino.preprocess import read_image
 from pipelines import checkpoints, panels, tracking, training
+from pipelines.loading import ahead
 from pipelines.recipes import Distillation
 
 PANEL_IMAGES = 4
@@ -30,7 +31,8 @@ class DistillationJob:
     """All that a worker needs, checked and opened by the driver. Stores reopen in the worker, which checks that they
     are still what they were."""
 
-    dataset: Dataset
+    shown: dict[str, str]
+    """Held-out images of the panel, and their sources."""
     early: tuple[FeatureStore, ...]
     """One for each resolution, in their order."""
     teacher: FeatureStore
@@ -74,9 +76,9 @@ class Distiller:
         if "optimiser" in state:
             optimiser.load_state_dict(state["optimiser"])
         best, best_mse, r2 = state.get("best", state["adapter"]), state.get("best_mse", float("inf")), 0.0
-        for step, chosen in enumerate(self.batches(stage, first, steps, per_epoch), start=first):
+        chosen = self.batches(stage, first, steps, per_epoch)
+        for step, (x, y) in enumerate(self.read_ahead(store, chosen), start=first):
             lr = optimiser.param_groups[0]["lr"] = self.distillation.distill_lr * training.poly(step, steps)
-            x, y = self.pairs(store, chosen)
             with self.worker.autocast():
                 predicted = self.model(x)
             loss = distillation_loss(predicted, y)
@@ -118,10 +120,18 @@ class Distiller:
 
     def pairs(self, store: FeatureStore, chosen: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Early features and teacher embeddings of these images."""
+        x, y = (torch.from_numpy(a).movedim(-1, 1) for a in self._read(store, chosen))
+        return x.to(self.worker.device, torch.float32), y.to(self.worker.device, torch.float32)
+
+    def read_ahead(self, store: FeatureStore, chosen: Iterator[Sequence[str]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `pairs` for one batch after another, each read while the one before it is in use."""
+        for arrays in ahead(lambda ids: self._read(store, ids), chosen):
+            x, y = (torch.from_numpy(a).movedim(-1, 1).to(self.worker.device, torch.float32) for a in arrays)
+            yield x, y
+
+    def _read(self, store: FeatureStore, chosen: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         views = [0] * len(chosen)
-        both = (store.rows(chosen, views), self.job.teacher.rows(chosen, views))
-        x, y = (torch.from_numpy(a).movedim(-1, 1).to(self.worker.device, torch.float32) for a in both)
-        return x, y
+        return store.rows(chosen, views), self.job.teacher.rows(chosen, views)
 
     def student(self, x: Tensor) -> Tensor:
         """The adapter's embedding."""
@@ -134,8 +144,7 @@ class Distiller:
         the baseline that a student must beat. Fitted to the training images, a random choice if there are many."""
         fit, batch = ridge.RidgeRegression(), self.distillation.distill_batch
         chosen = self.job.trained[:RIDGE_IMAGES]  # they are shuffled
-        for at in range(0, len(chosen), batch):
-            x, y = self.pairs(store, chosen[at : at + batch])
+        for x, y in self.read_ahead(store, (chosen[at : at + batch] for at in range(0, len(chosen), batch))):
             fit.add(x, F.interpolate(y, size=x.shape[-2:], mode="area"))
         scores = []
         for penalty in ridge.PENALTIES:
@@ -145,14 +154,20 @@ class Distiller:
 
     @torch.inference_mode()
     def validate(self, store: FeatureStore, student: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-        """MSE on the held-out images, and the MSE of predicting each channel's mean (the zero of R^2)."""
-        squared, targets = 0.0, []
-        for at in range(0, len(self.job.held_out), self.distillation.distill_batch):
-            x, y = self.pairs(store, self.job.held_out[at : at + self.distillation.distill_batch])
-            targets.append(F.interpolate(y, size=x.shape[-2:], mode="area"))
-            squared += float(((student(x) - targets[-1]) ** 2).sum())
-        target = torch.cat(targets)
-        return squared / target.numel(), float(target.var((0, 2, 3), unbiased=False).mean())
+        """MSE on the held-out images, and the MSE of predicting each channel's mean (the zero of R^2). Targets are
+        summed as they come: those of SA-1B would fill the memory."""
+        squared, positions = 0.0, 0
+        sums = torch.zeros(2, self.job.teacher.fingerprint.channels, dtype=torch.float64, device=self.worker.device)
+        batch = self.distillation.distill_batch
+        chunks = [self.job.held_out[at : at + batch] for at in range(0, len(self.job.held_out), batch)]
+        for x, y in self.read_ahead(store, iter(chunks)):
+            target = F.interpolate(y, size=x.shape[-2:], mode="area")
+            squared += float(((student(x) - target) ** 2).sum())
+            wide = target.double()
+            sums += torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+            positions += target.numel() // target.shape[1]
+        mean, mean_square = sums / positions
+        return squared / (positions * sums.shape[1]), float((mean_square - mean.square()).clamp_min(0).mean())
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the adapter's weights."""
@@ -182,20 +197,17 @@ class Distiller:
             self.adapter.save(folder, stages=results, parameters=parameters, **job.origin, commit=tracking.commit())
             checkpoints.publish(folder, final)
         with tracking.optional(run, "the picture of embeddings"):
-            shown = job.held_out[:PANEL_IMAGES]
-            picture = draw_panel(job.dataset, self.adapter, self.pairs(job.early[-1], shown), shown)
+            picture = draw_panel(self.adapter, self.pairs(job.early[-1], list(job.shown)), list(job.shown.values()))
             run.picture(picture, "panels/embeddings.png")
         run.flush(at_once=True)
         run.keep()
 
 
 @torch.inference_mode()
-def draw_panel(
-    dataset: Dataset, adapter: BottleneckAdapter, pairs: tuple[Tensor, Tensor], ids: Sequence[str]
-) -> Image.Image:
+def draw_panel(adapter: BottleneckAdapter, pairs: tuple[Tensor, Tensor], sources: Sequence[str]) -> Image.Image:
     """Held-out images with the teacher's and the student's embedding at the last resolution."""
     early, teacher = pairs
     student = adapter(early)
     target = F.interpolate(teacher, size=student.shape[-2:], mode="area")
     maps = (x.movedim(1, -1).float().cpu().numpy() for x in (target, student))
-    return panels.embeddings([dataset.image(image_id) for image_id in ids], *maps)
+    return panels.embeddings([read_image(source) for source in sources], *maps)

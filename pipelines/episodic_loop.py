@@ -41,6 +41,8 @@ class EpisodicJob:
     episodic: Episodic
     steps: int
     label_px: int
+    void_is_background: bool
+    """Whether a query's void counts as background in the loss."""
     origin: dict[str, Any]
     """What the checkpoint's record says of where it comes from."""
     adapter: dict[str, Tensor]
@@ -77,7 +79,14 @@ def parameter_groups(segmenter: Segmenter, episodic: Episodic) -> list[dict[str,
 
 def loop(job: EpisodicJob, worker: training.Worker) -> None:
     """Train, checkpoint, and publish the segmenter from rank 0."""
-    loader = EpisodeLoader(job.dataset, job.late, job.query, job.label_px)
+    loader = EpisodeLoader(
+        job.dataset,
+        job.late,
+        job.query,
+        job.late.fingerprint.view_seed,
+        job.label_px,
+        void_is_background=job.void_is_background,
+    )
     segmenter = build_segmenter(job).to(worker.device)
     model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))
     optimiser = torch.optim.AdamW(parameter_groups(segmenter, job.episodic), weight_decay=paper.WEIGHT_DECAY)

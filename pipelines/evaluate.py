@@ -1,27 +1,36 @@
-"""Score a checkpoint, or a training-free baseline, on the classes its fold never saw: stores in, mIoU and FB-IoU out.
+"""Score a checkpoint, or a method without training, on the classes its fold never saw: mIoU, FB-IoU, boundary IoU.
 
     python -m pipelines.evaluate --fold 1 --shots 1
-    python -m pipelines.evaluate --fold 1 --shots 1 --method prototype
+    python -m pipelines.evaluate --fold 1 --seeds 10 --protocol hsnet --method prototype
+    python -m pipelines.evaluate --fold 1 --absent                     # queries that do not show the class
+    python -m pipelines.evaluate --data DAVIS --from-images --checkpoint CHECKPOINT --fold 0
 
-Episodes follow the protocol and are scored at the label's own size. The last line of stdout has `dataset, protocol,
-folds, fold, shots, episodes, seed, variant, miou, fb_iou, per_class`; rerun, a finished evaluation just prints it.
-Cost: 1,000 episodes of the offline recipe took 36 s on two cores.
+Episodes follow the protocol, whose rules stand in the result. The last line of stdout has `dataset, protocol, rules,
+folds, fold, shots, episodes, seeds, variant, miou, fb_iou, boundary_iou, per_class` (for videos `j`, `f`, `j_and_f`;
+for absent objects `empty`); of several seeds the means, their `std`, and each seed's own. Every episode is a row of a
+Parquet file beside the scores. Rerun, a finished evaluation just prints its result.
+Cost: docs/benchmarks/evaluation.md.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import statistics
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
 from feature_store import FeatureStore, Fingerprint
 from fsdino.config import SegmenterConfig
-from fsdino.data.dataset import open_dataset
+from fsdino.data.davis import DavisDataset
 from fsdino.data.episodes import EpisodeSampler
-from fsdino.data.protocols import protocol_of
 from fsdino.errors import UserError
-from pipelines import checkpoints, stores
-from pipelines.checks import Few, Fold, Folder, Picture, Place
+from fsdino.weights import weights_digest
+from pipelines import checkpoints, datasets, stores
+from pipelines.checks import Few, Fold, Folder, Picture, Place, Range, Share, Weights
 from pipelines.cli import main
-from pipelines.recipes import Backbone, Benchmark, Device, Places, RecipeName, Testing, model_run, model_title
+from pipelines.networks import MethodPlan, ScoringPlan
+from pipelines.recipes import Backbone, Benchmark, Device, Places, RecipeName, Teaching, Testing, model_run, model_title
 from pipelines.runs import ScoreFile, identity
+
+MEASURES = ("miou", "fb_iou", "boundary_iou", "empty", "false_area")
+"""What is averaged over seeds."""
 
 
 @dataclass(frozen=True)
@@ -31,128 +40,256 @@ class Settings:
     recipe: RecipeName
     places: Places
     backbone: Backbone
+    teaching: Teaching
     model: SegmenterConfig
     benchmark: Benchmark
     device: Device
     testing: Testing
     fold: Fold
-    """The fold to test: 0 to 3."""
+    """The fold to test: 0 to 3, or 0 where a data set has but one."""
     shots: Few = 1
     """Supports in an episode."""
-    method: Literal["segmenter", "prototype", "two-prototype", "nearest"] = "segmenter"
-    """A trained segmenter, or a baseline without training (fsdino/baselines.py) on the same features."""
+    method: Literal["segmenter", "prototype", "two-prototype", "nearest", "matching", "peak"] = "segmenter"
+    """A trained segmenter, or a method without training on the same features (docs/method.md)."""
     checkpoint: Place | None = None
     """Checkpoint folder, instead of that of train_episodic for this fold and the model's flags."""
+    adapter_checkpoint: Place | None = None
+    """Adapter whose embeddings the method peak prompts, instead of the data set's own."""
+    decoder_weights: Weights | None = None
+    """A local SAM checkpoint for the method peak, instead of the publisher's."""
+    from_images: bool = False
+    """Compute features from the images as they are needed, instead of reading stores."""
+    absent: bool = False
+    """Queries that do not show the class: how many masks are rightly empty."""
+    tasks: Few = 1
+    """Processes on the Ray cluster; 1: this one."""
+    memory: Annotated[int, Range(0, 64)] = 0
+    """In videos: number of earlier, confident frames that are supports beside the first."""
+    memory_confidence: Share = 0.9
+    """From which mean probability of its object a frame is confident."""
     panel: Picture | None = None
     """Also write the picture panel to this file."""
     masks: Folder | None = None
     """Also write each episode's predicted mask into this folder, as EPISODE_CLASS_QUERY.png."""
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is scored, and on which features."""
+
+    title: str
+    plan: MethodPlan
+    late: FeatureStore | None
+    query: FeatureStore | None
+    identity: dict[str, Any]
+    trained_on: str | None
+
+
 def job(settings: Settings) -> dict[str, Any]:
-    """Check, run the episodes, score, log; what has been scored already is only reported."""
+    """Check, run the episodes of every seed, score, log; what has been scored already is only reported."""
     places, testing = settings.places, settings.testing
-    protocol, dataset = protocol_of(settings.benchmark.protocol), open_dataset(places.data)
-    listed = protocol.test_images(dataset, settings.fold)
-    late = stores.open_encoded(places, dataset.name, "late", settings.backbone, settings.backbone.res)
-    folder = checkpoints.run_folder(places, dataset.name, settings.backbone)
-    url, query, title = "", None, str(settings.method)
-    scored: dict[str, Any] = {"model": None, "checkpoint": None, "trained": None, "query": None}
-    if settings.method == "segmenter":
-        url = settings.checkpoint or f"{folder}/{model_run(settings.fold, settings.model, settings.recipe)}/final"
-        record = checkpoints.read_record(url, "segmenter")
-        query = open_query(settings, url, record, dataset.name, late)
-        title = model_title(SegmenterConfig(**record["config"]), record["recipe"])
-        scored = {
-            "model": record["config"],
-            "checkpoint": record["sha256"][:16],
-            "trained": record["run"],
-            "query": query.fingerprint,
-        }
-    sampler = EpisodeSampler(
-        stores.without_quarantined(listed, (late, query)),
-        shots=settings.shots,
-        fold=settings.fold,
-        seed=testing.test_seed,
-        training=False,
-    )
-    stores.check_images(sampler.images, late, query)
-    stores.check_sizes(dataset, "val", sampler.images, late)
-    same = identity(
-        dataset=dataset.name,
-        protocol=protocol.name,
-        rules=protocol,
-        fold=settings.fold,
-        images=sampler.digest,
-        labels=dataset.labels_digest("val", sampler.images),
-        features=[store.content(sampler.images) for store in (late, query) if store is not None],
-        shots=settings.shots,
-        episodes=testing.episodes,
-        test_seed=testing.test_seed,
-        precision=settings.device.train_precision,
-        method=title,
-        late=late.fingerprint,
-        **scored,
-    )
-    scores = ScoreFile(f"{folder}/scores", title, same)
-    result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
-    if result is None:
-        from pipelines import scoring
-
-        planned = scoring.ScoringJob(
-            dataset=dataset,
-            late=late,
-            query=query,
-            sampler=sampler,
-            checkpoint=url,
-            method=settings.method,
-            device=settings.device,
-            scores=scores,
-            res_px=settings.backbone.res,
-            episodes=testing.episodes,
-            tracking_uri=places.tracking_uri,
-            panel=settings.panel or "",
-            masks=settings.masks or "",
+    dataset = datasets.dataset_of(places)
+    video = isinstance(dataset, DavisDataset)
+    if video and (settings.absent or testing.seeds > 1 or settings.shots > 1 or settings.tasks > 1):
+        raise UserError(
+            "--absent, --seeds, --shots, --tasks: expected none of them for videos, whose support is the first frame"
         )
-        about = {
-            "dataset": dataset.name,
-            "protocol": protocol.name,
-            "folds": f"{dataset.num_folds} {dataset.fold_rule}",
-            "fold": settings.fold,
-            "shots": settings.shots,
-            "episodes": testing.episodes,
-            "seed": testing.test_seed,
-            "variant": title,
-        }
-        result = scoring.score(planned, about)
-    return result
+    rules = datasets.rules_of(settings.benchmark, dataset)
+    subject = segmenter(settings, dataset.name) if settings.method == "segmenter" else baseline(settings, dataset.name)
+    opened = [store for store in (subject.late, subject.query) if store is not None]
+    images = datasets.images_of(dataset, rules, settings.fold, "val", settings.benchmark.pairs, opened)
+    used, episodes = list(images.listed), testing.episodes or rules.episodes
+    sampler = None
+    if not video:
+        sampler = EpisodeSampler(
+            images.listed,
+            shots=settings.shots,
+            fold=settings.fold,
+            seed=testing.test_seed,
+            training=False,
+            order=rules.order,
+            pairs=images.pairs,
+            repeats_supports=rules.repeats_supports,
+            test_view=rules.test_view,
+        )
+    told = {
+        "dataset": dataset.name,
+        "protocol": rules.name,
+        "rules": asdict(rules),
+        "fold": settings.fold,
+        "shots": settings.shots,
+        "fusion": testing.fusion if settings.shots > 1 else None,
+        "episodes": len(used) if video else episodes,
+        "absent": settings.absent,
+        "memory": [settings.memory, settings.memory_confidence] if settings.memory else None,
+    }
+    decisive = identity(
+        **told,
+        images=sampler.digest if sampler else dataset.list_digest("val"),
+        labels=dataset.labels_digest("val", used),
+        features=[store.content(used) for store in opened] or datasets.photographs_digest(dataset, used),
+        precision=settings.device.train_precision,
+        method=subject.title,
+        **subject.identity,
+    )
+    planned = ScoringPlan(
+        dataset=dataset,
+        method=subject.plan,
+        late=subject.late,
+        query=subject.query,
+        sampler=sampler,
+        rules=rules,
+        fold=settings.fold,
+        episodes=episodes,
+        device=settings.device,
+        vote=testing.fusion == "vote",
+        absent=settings.absent,
+        tasks=settings.tasks,
+        memory=settings.memory,
+        memory_confidence=settings.memory_confidence,
+        tracking_uri=places.tracking_uri,
+        panel=settings.panel or "",
+        masks=settings.masks or "",
+    )
+    about = {
+        **told,
+        "folds": f"{len(dataset.folds)} {dataset.folds.rule}",
+        "variant": subject.title,
+        "trained_on": subject.trained_on,
+        "left_out": images.left_out,
+    }
+    folder = checkpoints.run_folder(places, dataset.name, settings.backbone)
+    results = []
+    for seed in range(testing.test_seed, testing.test_seed + testing.seeds):
+        scores = ScoreFile(f"{folder}/scores", subject.title, decisive | {"test_seed": seed})
+        result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
+        if result is None:
+            from pipelines import evaluation
+
+            run = evaluation.videos if video else evaluation.episodes
+            result = run(planned, seed, scores, {**about, "seed": seed})
+        results.append(result)
+    return over_seeds(results)
 
 
-def open_query(settings: Settings, url: str, record: dict[str, Any], dataset: str, late: FeatureStore) -> FeatureStore:
-    """The embeddings (`early` for a joint adapter) that belong to a checkpoint.
+def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result as it is; of several the mean of each measure, its standard deviation, and each seed's own."""
+    if len(results) == 1:
+        return results[0]
+    names = [name for name in MEASURES if name in results[0]]
+    values = {name: [result[name] for result in results] for name in names}
+    seeds = [{"seed": result["seed"], **{name: result[name] for name in names}} for result in results]
+    mean = {name: statistics.fmean(of) for name, of in values.items()}
+    std = {name: statistics.stdev(of) for name, of in values.items()}
+    kept = {key: value for key, value in results[0].items() if key not in ("seed", "per_class")}
+    if "per_class" in results[0]:
+        classes = {name for result in results for name in result["per_class"]}
+        of_classes = {n: [r["per_class"][n] for r in results if n in r["per_class"]] for n in sorted(classes)}
+        kept["per_class"] = {name: round(statistics.fmean(of), 6) for name, of in of_classes.items()}
+    return {**kept, **mean, "std": std, "seeds": seeds}
+
+
+def segmenter(settings: Settings, dataset: str) -> Subject:
+    """A trained segmenter, and the features that it was trained on: embeddings, or `early` for a joint adapter.
 
     Raises UserError if the checkpoint was trained on other features, or for another fold.
     """
+    places = settings.places
+    folder = checkpoints.run_folder(places, dataset, settings.backbone)
+    url = settings.checkpoint or f"{folder}/{model_run(settings.fold, settings.model, settings.recipe)}/final"
+    record = checkpoints.read_record(url, "segmenter")
     if "late" not in record or "run" not in record:
         raise UserError(f"{url}: the checkpoint does not say what it was trained on; use one written by train_episodic")
-    trained_on, backbone = Fingerprint.of_record(record["late"]), Backbone(**record["backbone"])
-    decisive = ("model", "weights", "layer", "norm", "res_px", "preprocessing")
-    differing = trained_on.differences({key: getattr(late.fingerprint, key) for key in decisive})
-    if differing:
-        raise UserError(
-            f"{url}: trained on other features than {late.url} ({'; '.join(differing)}); pass the --store or --res it "
-            "was trained with"
-        )
     if record["dataset"] == dataset and record["fold"] != settings.fold:
         raise UserError(
             f"{url}: trained for fold {record['fold']}, so it has seen the classes of fold {settings.fold}; "
             f"evaluate it on fold {record['fold']}"
         )
-    if record["adapter"]["kind"] != "joint":
-        return stores.open_embedding(settings.places, dataset, record["adapter"]["digest"], backbone, late)
-    early = stores.open_encoded(settings.places, dataset, "early", backbone, backbone.res)
-    stores.check_weights(early, late.fingerprint.weights)
-    return early
+    trained_on, backbone = Fingerprint.of_record(record["late"]), Backbone(**record["backbone"])
+    late = query = None
+    if settings.from_images:
+        backbone = replace(backbone, encoder_weights=settings.backbone.encoder_weights or backbone.encoder_weights)
+        check_encoder(backbone, trained_on.weights)
+        fingerprint = stores.encoded_fingerprint(backbone, "late", backbone.res, trained_on.weights)
+    else:
+        late = stores.open_encoded(places, dataset, "late", settings.backbone, settings.backbone.res)
+        fingerprint = late.fingerprint
+        decisive = ("model", "weights", "layer", "norm", "res_px", "preprocessing")
+        differing = trained_on.differences({key: getattr(fingerprint, key) for key in decisive})
+        if differing:
+            raise UserError(
+                f"{url}: trained on other features than {late.url} ({'; '.join(differing)}); pass the --store or --res "
+                "it was trained with"
+            )
+        if record["adapter"]["kind"] != "joint":
+            query = stores.open_embedding(places, dataset, record["adapter"]["digest"], backbone, late)
+        else:
+            query = stores.open_encoded(places, dataset, "early", backbone, backbone.res)
+            stores.check_weights(query, fingerprint.weights)
+    return Subject(
+        title=model_title(SegmenterConfig(**record["config"]), record["recipe"]),
+        plan=MethodPlan("segmenter", url, backbone),
+        late=late,
+        query=query,
+        identity={
+            "late": asdict(fingerprint),
+            "model": record["config"],
+            "checkpoint": record["sha256"][:16],
+            "trained": record["run"],
+            "query": None if query is None else asdict(query.fingerprint),
+        },
+        trained_on=f"{record['dataset']}, fold {record['fold']}",
+    )
+
+
+def baseline(settings: Settings, dataset: str) -> Subject:
+    """A method without training. Raises UserError if it lacks what it prompts."""
+    places, backbone = settings.places, settings.backbone
+    digest = weights_digest(backbone.encoder, backbone.encoder_weights)
+    late = query = adapter = None
+    if settings.from_images:
+        fingerprint = stores.encoded_fingerprint(backbone, "late", backbone.res, digest)
+    else:
+        late = stores.open_encoded(places, dataset, "late", backbone, backbone.res)
+        fingerprint = late.fingerprint
+        if settings.method == "matching":
+            stores.check_weights(late, digest)
+    decoder = settings.model.sam_decoder if settings.method == "peak" else None
+    if settings.method == "peak":
+        if decoder is None:
+            raise UserError(
+                f"--method peak: expected a decoder that takes points, but recipe {settings.recipe} has none of SAM's; "
+                "name one with --sam-decoder"
+            )
+        adapter = checkpoints.plan_adapter(
+            places, dataset, backbone, settings.teaching, settings.model, digest, settings.adapter_checkpoint
+        )
+        if late is not None:
+            query = stores.open_embedding(places, dataset, adapter.digest, backbone, late)
+    return Subject(
+        title=str(settings.method),
+        plan=MethodPlan(settings.method, "", backbone, adapter, decoder, settings.decoder_weights),
+        late=late,
+        query=query,
+        identity={
+            "late": asdict(fingerprint),
+            "model": None,
+            "checkpoint": decoder and weights_digest(decoder, settings.decoder_weights),
+            "trained": None,
+            "query": adapter and adapter.digest,
+        },
+        trained_on=None,
+    )
+
+
+def check_encoder(backbone: Backbone, digest: str) -> None:
+    """Raise UserError if the encoder's weights are not those of that digest."""
+    here = weights_digest(backbone.encoder, backbone.encoder_weights)
+    if here != digest:
+        raise UserError(
+            f"{backbone.encoder}: expected the weights {digest} that the checkpoint was trained on, got {here}; name "
+            "the right file with --encoder-weights"
+        )
 
 
 if __name__ == "__main__":

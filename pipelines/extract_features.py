@@ -2,7 +2,7 @@
 
     python -m pipelines.extract_features --res 518
     python -m pipelines.extract_features --res 518 --coarse-res 126 252      # and what distillation reads, in one pass
-    python -m pipelines.extract_features --res 518 --images 's3://bucket/photos/**/*.jpg'
+    python -m pipelines.extract_features --res 518 --images SA-1B --share 0.01 --features early --coarse-res 126 252
 
 Cost: VOC's 4,845 samples by the offline recipe took 9 minutes on two cores that other work shared, and 2.9 GB.
 """
@@ -10,15 +10,15 @@ Cost: VOC's 4,845 samples by the offline recipe took 9 minutes on two cores that
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from feature_store import Fingerprint, Row
-from fsdino.preprocess import PREPROCESSING
+from feature_store import Row
+from fsdino.data.protocols import protocol_of
 from fsdino.specs import encoder_spec
 from fsdino.weights import weights_digest
 from pipelines import extraction, stores
-from pipelines.checks import Place, Side
+from pipelines.checks import Side
 from pipelines.cli import main
 from pipelines.networks import EncoderPlan
-from pipelines.recipes import Backbone, Extraction, Places, RecipeName
+from pipelines.recipes import Backbone, Benchmark, Extraction, Photographs, Places, RecipeName
 from pipelines.stages import Decode
 
 
@@ -28,6 +28,8 @@ class Settings:
 
     recipe: RecipeName
     places: Places
+    photographs: Photographs
+    benchmark: Benchmark
     backbone: Backbone
     extraction: Extraction
     features: tuple[Literal["early", "late"], ...] = ("early", "late")
@@ -36,8 +38,6 @@ class Settings:
     """Which images; only those of train have augmented views."""
     coarse_res: tuple[Side, ...] = ()
     """Further resolutions in the same pass, for distillation: early features of the training images as they are."""
-    images: Place | None = None
-    """Photographs instead of the data set's: a folder, a glob in quotes, or either as an fsspec URL."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
@@ -46,30 +46,20 @@ def job(settings: Settings) -> dict[str, Any]:
     spec = encoder_spec(backbone.encoder, backbone.early_norm, backbone.late_norm)
     for res_px in (backbone.res, *settings.coarse_res):
         spec.grid(res_px)
-    name, rows = extraction.read_rows(settings.places, settings.images, settings.splits, backbone.num_views)
+    test_view = protocol_of(settings.benchmark.protocol).test_view
+    name, rows = extraction.read_rows(
+        settings.places, settings.photographs, settings.splits, backbone.num_views, test_view
+    )
     digest = weights_digest(backbone.encoder, backbone.encoder_weights)
 
     def target(feature: str, res_px: int, rows: list[Row]) -> extraction.Target:
-        layer = spec.early if feature == "early" else spec.late
-        fingerprint = Fingerprint(
-            feature=feature,
-            model=spec.name,
-            weights=digest,
-            layer=layer.name,
-            norm=layer.norm,
-            res_px=res_px,
-            grid=spec.grid(res_px),
-            channels=layer.channels,
-            view_seed=backbone.view_seed,
-            preprocessing=PREPROCESSING,
-            precision=settings.extraction.precision,
-            dtype=settings.extraction.dtype,
-        )
-        return extraction.Target(stores.place(settings.places.store, name, fingerprint, res_px), fingerprint, rows)
+        of = settings.extraction
+        fingerprint = stores.encoded_fingerprint(backbone, feature, res_px, digest, of.precision, of.dtype)
+        return extraction.Target(stores.place(settings.places.store, name, fingerprint), fingerprint, rows)
 
     targets = [target(feature, backbone.res, rows) for feature in settings.features]
     if settings.coarse_res:
-        _, plain = extraction.read_rows(settings.places, settings.images, ["train"], num_views=1)
+        _, plain = extraction.read_rows(settings.places, settings.photographs, ["train"], num_views=1)
         targets += [target("early", res_px, plain) for res_px in settings.coarse_res if res_px != backbone.res]
     return extraction.extract(
         EncoderPlan(backbone, digest),

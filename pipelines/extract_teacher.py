@@ -1,9 +1,11 @@
 """Teacher embeddings of the training images, once: photographs in, a sealed teacher store out.
 
     python -m pipelines.extract_teacher --res 518
-    python -m pipelines.extract_teacher --res 518 --images 's3://bucket/photos/**/*.jpg'
+    python -m pipelines.extract_teacher --res 518 --images SA-1B --share 0.01      # of its folders or tars
 
-The teacher sees each image as the same square that the student sees, at the teacher's own side (SAM: 1024 px).
+The teacher sees each image as the same square as the student, at the teacher's own side. SAM's is 1024 px whatever
+--res says, so students of all resolutions share one store, teacher@1024; a teacher without a side of its own takes the
+student's.
 Cost: VOC's 3,396 training images by the offline recipe took 9 minutes on two cores that other work shared, and 0.4 GB.
 """
 
@@ -15,10 +17,9 @@ from fsdino.preprocess import PREPROCESSING
 from fsdino.specs import encoder_spec, teacher_spec
 from fsdino.weights import weights_digest
 from pipelines import extraction, stores
-from pipelines.checks import Place
 from pipelines.cli import main
 from pipelines.networks import TeacherPlan
-from pipelines.recipes import Backbone, Extraction, Places, RecipeName, Teaching
+from pipelines.recipes import Backbone, Extraction, Photographs, Places, RecipeName, Teaching
 from pipelines.stages import Decode
 
 
@@ -31,8 +32,7 @@ class Settings:
     backbone: Backbone
     teaching: Teaching
     extraction: Extraction
-    images: Place | None = None
-    """Photographs instead of the data set's: a folder, a glob in quotes, or either as an fsspec URL."""
+    photographs: Photographs
 
 
 def job(settings: Settings) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def job(settings: Settings) -> dict[str, Any]:
     teaching, res = settings.teaching, settings.backbone.res
     spec = teacher_spec(teaching.teacher)
     encoder_spec(settings.backbone.encoder).grid(res)  # a side that the student cannot take is of no use
-    name, rows = extraction.read_rows(settings.places, settings.images, ["train"], num_views=1)
+    name, rows = extraction.read_rows(settings.places, settings.photographs, ["train"], num_views=1)
     fingerprint = Fingerprint(
         feature="teacher",
         model=spec.name,
@@ -58,7 +58,7 @@ def job(settings: Settings) -> dict[str, Any]:
     return extraction.extract(
         TeacherPlan(teaching, fingerprint.weights),
         Decode(fingerprint.view_seed, settings.extraction.on_bad_image),
-        [extraction.Target(stores.place(settings.places.store, name, fingerprint, res), fingerprint, rows)],
+        [extraction.Target(stores.place(settings.places.store, name, fingerprint), fingerprint, rows)],
         settings.extraction,
         settings.places.tracking_uri,
     )

@@ -21,13 +21,14 @@ from feature_store.layout import num_shards, shard_rows
 from feature_store.lock import locked
 from feature_store.schema import text
 from feature_store.urls import redacted, redacted_text
-from fsdino.data.dataset import Dataset, Split, open_dataset
-from fsdino.data.photographs import list_photographs, same_file, set_name
+from fsdino.data.dataset import Dataset, Split
+from fsdino.data.photographs import same_file
+from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
-from pipelines import cluster, stores
+from pipelines import cluster, datasets, stores
 from pipelines.networks import NetworkPlan
 from pipelines.outbox import Outbox
-from pipelines.recipes import Extraction, Places
+from pipelines.recipes import Extraction, Photographs, Places
 from pipelines.stages import Extract, Item, Read, Unit, Written
 
 IMAGES_PER_ITEM = 32
@@ -43,19 +44,24 @@ class Target:
     rows: Sequence[Row]
 
 
-def read_rows(places: Places, images: str | None, splits: Sequence[Split], num_views: int) -> tuple[str, list[Row]]:
+def read_rows(
+    places: Places, photographs: Photographs, splits: Sequence[Split], num_views: int, test_view: int = PLAIN
+) -> tuple[str, list[Row]]:
     """The name of what is to be extracted, and its rows: photographs of a place, or else splits of the data set."""
-    if images is not None:
-        return set_name(images), [Row(sample_id, 0, source) for sample_id, source in list_photographs(images).items()]
-    dataset = open_dataset(places.data)
-    return dataset.name, plan_rows(dataset, splits, num_views)
+    if photographs.images is not None:
+        return datasets.photographs_name(photographs), [
+            Row(image_id, PLAIN, source) for image_id, source in datasets.listed(photographs, places.skip_bad).items()
+        ]
+    dataset = datasets.dataset_of(places)
+    return dataset.name, plan_rows(dataset, [s for s in splits if s in dataset.splits], num_views, test_view)
 
 
-def plan_rows(dataset: Dataset, splits: Sequence[Split], num_views: int) -> list[Row]:
-    """Every image of the splits under view 0, training images under the augmented views too."""
+def plan_rows(dataset: Dataset, splits: Sequence[Split], num_views: int, test_view: int = PLAIN) -> list[Row]:
+    """Every image of the splits under view 0, training images under the augmented views too, test images under the
+    one that the protocol sees them under."""
     rows: dict[tuple[str, int], Row] = {}
     for split in splits:
-        views = range(num_views if split == "train" else 1)
+        views = range(num_views) if split == "train" else dict.fromkeys((PLAIN, test_view))
         for image_id in dataset.ids(split):
             source = dataset.source(image_id)
             rows |= {(image_id, view): Row(image_id, view, source) for view in views}

@@ -1,35 +1,55 @@
 """Episodes as tensors: features from the stores, labels from the data set under the same views."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from feature_store import FeatureStore
+from fsdino import paper
 from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import Episode, EpisodeSampler
-from fsdino.data.masks import binary_label
 from fsdino.data.views import draw_view
 from fsdino.episodic import EpisodeBatch
 
-LABELS_KEPT = 8192  # 160 kB each at 400 px
+A = TypeVar("A")
+B = TypeVar("B")
+MASKS_KEPT = 8192  # 160 kB each at 400 px
+
+
+class Features(Protocol):
+    """Where features are read: a store, or an encoder at work (live.py)."""
+
+    def rows(self, sample_ids: Sequence[str], views: Sequence[int]) -> np.ndarray:
+        """Features (n, g, g, c) of images under their views."""
+        ...
 
 
 class EpisodeLoader:
-    """Reads any episode; labels under a view are kept in memory, the most recent ones.
+    """Reads any episode; masks under a view are kept in memory, the most recent ones.
 
-    `query` is the store of what queries bring besides `late`: `embedding`, or `early`.
+    `query` has what queries bring besides `late`: `embedding`, or `early`. Without `query_labels` the queries' masks
+    are left out, for tests, which score at another size.
 
-    A mirrored image is its mirrored features and label: right up to the network's own left-right asymmetries.
+    A mirrored image is its mirrored features and mask: right up to the network's own left-right asymmetries.
     """
 
-    def __init__(self, dataset: Dataset, late: FeatureStore, query: FeatureStore | None, label_px: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        late: Features,
+        query: Features | None,
+        view_seed: int,
+        label_px: int,
+        query_labels: bool = True,
+        void_is_background: bool = False,
+    ):
         self.dataset, self.late, self.query, self.label_px = dataset, late, query, label_px
-        self.view_seed = late.fingerprint.view_seed
-        self._labels: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self.view_seed, self.query_labels, self.void_is_background = view_seed, query_labels, void_is_background
+        self._masks: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
 
     def load(self, episodes: Sequence[Episode]) -> EpisodeBatch:
         """The episodes as one batch; all have the same number of shots."""
@@ -41,45 +61,58 @@ class EpisodeLoader:
         if self.query is not None:
             queries = self.query.rows([e.query for e in episodes], [e.views[0] for e in episodes])
             query_input = _mirror(_channels_first(queries), flips[:, 0])
-        late, labels = _mirror(late, flips), _mirror(torch.from_numpy(self._labels_of(ids, episodes)), flips)
+        first = 0 if self.query_labels else 1
+        late, labels = _mirror(late, flips), _mirror(self._masks_of(ids, episodes, first), flips[:, first:])
         return EpisodeBatch(
             episodes=episodes,
             support_late=late[:, 1:],
-            support_masks=labels[:, 1:] == 1,
+            support_masks=labels[:, 1 - first :] == 1,
             query_late=late[:, 0],
             query_input=query_input,
-            query_labels=labels[:, 0],
+            query_labels=None if first else self._for_loss(labels[:, 0]),
         )
 
     def batches(self, sampler: EpisodeSampler, batches: Iterator[Sequence[int]]) -> Iterator[EpisodeBatch]:
         """Batches of the episodes of these indices, each read while the one before it is in use."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead = None
-            for indices in batches:
-                following = pool.submit(self.load, [sampler.episode(i) for i in indices])
-                if ahead is not None:
-                    yield ahead.result()
-                ahead = following
-            if ahead is not None:
-                yield ahead.result()
+        return self.ahead([sampler.episode(i) for i in indices] for indices in batches)
 
-    def _labels_of(self, ids: list[list[str]], episodes: Sequence[Episode]) -> np.ndarray:
-        return np.array(
-            [
-                [binary_label(self._label(i, v), e.class_id) for i, v in zip(row, e.views, strict=True)]
-                for row, e in zip(ids, episodes, strict=True)
-            ]
-        )
+    def ahead(self, batches: Iterator[Sequence[Episode]]) -> Iterator[EpisodeBatch]:
+        """Batches of episodes, each read while the one before it is in use."""
+        return ahead(self.load, batches)
 
-    def _label(self, image_id: str, view: int) -> np.ndarray:
-        key = (image_id, view)
-        label = self._labels.pop(key, None)
-        if label is None:
-            label = draw_view(self.view_seed, image_id, view).label(self.dataset.label(image_id), self.label_px)
-        self._labels[key] = label
-        if len(self._labels) > LABELS_KEPT:
-            self._labels.popitem(last=False)
-        return label
+    def _for_loss(self, labels: Tensor) -> Tensor:
+        return labels.masked_fill(labels == paper.VOID, 0) if self.void_is_background else labels
+
+    def _masks_of(self, ids: list[list[str]], episodes: Sequence[Episode], first: int) -> Tensor:
+        masks = [
+            [self.mask(i, v, e.class_id) for i, v in zip(row[first:], e.views[first:], strict=True)]
+            for row, e in zip(ids, episodes, strict=True)
+        ]
+        return torch.from_numpy(np.array(masks))
+
+    def mask(self, image_id: str, view: int, class_id: int) -> np.ndarray:
+        """A class's mask under a view, at the network's side."""
+        key = (image_id, view, class_id)
+        mask = self._masks.pop(key, None)
+        if mask is None:
+            drawn = draw_view(self.view_seed, image_id, view)
+            mask = drawn.label(self.dataset.mask(image_id, class_id), self.label_px)
+        self._masks[key] = mask
+        if len(self._masks) > MASKS_KEPT:
+            self._masks.popitem(last=False)
+        return mask
+
+
+def ahead(read: Callable[[A], B], wanted: Iterator[A]) -> Iterator[B]:
+    """What `read` makes of one after another, each read by a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        following = None
+        for one in wanted:
+            current, following = following, pool.submit(read, one)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
 
 
 def _channels_first(features: np.ndarray) -> Tensor:

@@ -9,7 +9,6 @@ from PIL import Image, ImageDraw
 
 from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import Episode
-from fsdino.data.masks import binary_label
 from fsdino.data.views import draw_view
 
 if TYPE_CHECKING:
@@ -142,4 +141,4 @@ def episodes(dataset: Dataset, view_seed: int, drawn: Sequence[Episode], predict
 def _seen(dataset: Dataset, view_seed: int, image_id: str, view: int, class_id: int) -> tuple[Image.Image, np.ndarray]:
     drawn = draw_view(view_seed, image_id, view)
     image = drawn.image(dataset.image(image_id))
-    return image, binary_label(drawn.label(dataset.label(image_id), 2 * CELL_PX), class_id) == 1
+    return image, drawn.label(dataset.mask(image_id, class_id), 2 * CELL_PX) == 1

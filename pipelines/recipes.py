@@ -10,6 +10,7 @@ import tyro
 
 from fsdino import paper
 from fsdino.config import SegmenterConfig
+from fsdino.kinds import Kind
 from pipelines.checks import (
     Cores,
     Count,
@@ -32,7 +33,8 @@ class Places:
     """Where things are."""
 
     data: Place
-    """Data set in VOC's layout: the folder that holds JPEGImages, on a path every node can read or any fsspec URL."""
+    """Data set: its publisher's folder, or one of your own (docs/data.md), on a path every node can read or any fsspec
+    URL."""
     store: Output = "outputs/stores"
     """Root of the feature stores: a path or any fsspec URL."""
     cache: Folder | None = None
@@ -43,6 +45,26 @@ class Places:
     """Root of checkpoints and results: a path or any fsspec URL."""
     tracking_uri: TrackingUri = "sqlite:///outputs/mlflow.db"
     """MLflow: sqlite:///FILE or the http address of a server."""
+    dataset: Kind | None = None
+    """Which data set the folder holds; none: its layout tells."""
+    train_list: Place | None = None
+    """File with the training images' ids, instead of the data set's own list."""
+    test_list: Place | None = None
+    """File with the test images' ids, instead of the data set's own list."""
+    skip_bad: bool = False
+    """Leave out images whose labels cannot be used, and list them, instead of stopping at the first."""
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Plain photographs, instead of a data set's."""
+
+    images: Place | None = None
+    """A folder, a glob in quotes, a tar archive or a folder of them, or any of these as an fsspec URL."""
+    share: Annotated[float, Range(0, 1, closed=False)] = 1.0
+    """Share of them that is taken: always the same ones for a seed."""
+    share_seed: Seed = 0
+    """Seed of that choice."""
 
 
 @dataclass(frozen=True)
@@ -177,17 +199,31 @@ class Benchmark:
     """What counts as training, as a test, and as an episode."""
 
     protocol: str = "hdmnet"
-    """How the data set becomes episodes; fsdino/data/protocols.py has them."""
+    """How the data set becomes episodes: hdmnet or hsnet; fsdino/data/protocols.py has them."""
+    pairs: Place | None = None
+    """Folder of HSNet's lists of image and class (trn/fold0.txt, val/fold0.txt, ... or .pkl), instead of the images
+    that the protocol finds by itself."""
+    scored_at: Literal["label", "square"] | None = None
+    """Score at the label's own size or at the network's square; none: as the protocol says."""
+    align_corners: bool | None = None
+    """Enlarge logits with corners aligned, as most published code does; none: as the protocol says."""
+    scores_void: bool | None = None
+    """Score void as background, as published maps of COCO, which know no crowds, make it; none: as the protocol
+    says."""
 
 
 @dataclass(frozen=True)
 class Testing:
     """Evaluation."""
 
-    episodes: Count = 1000
-    """Test episodes."""
+    episodes: Count | None = None
+    """Test episodes of each seed; none: as many as the protocol says for the data set."""
     test_seed: Seed = 0
     """Seed of the episodes' classes and supports."""
+    seeds: Few = 1
+    """Number of seeds, from the test seed on; scores are their mean and standard deviation."""
+    fusion: Literal["average", "vote"] = "average"
+    """Several supports: average their encodings, or let masks of one support each vote as HSNet does."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +231,7 @@ class Recipe:
     """Every setting of one published or offline run."""
 
     places: Places
+    photographs: Photographs
     backbone: Backbone
     teaching: Teaching
     extraction: Extraction
@@ -216,6 +253,7 @@ def paper_recipe() -> Recipe:
     """
     return Recipe(
         places=Places(data="data/VOCdevkit/VOC2012"),
+        photographs=Photographs(),
         backbone=Backbone(encoder="dinov2_vitb14", res=paper.IMAGE_RES_PX, num_views=8),
         teaching=Teaching(teacher="sam_vit_h"),
         extraction=Extraction(actor_gpus=1, decode_cpus=1, forward_batch=16),
@@ -238,6 +276,7 @@ def offline_recipe() -> Recipe:
     """
     return Recipe(
         places=Places(data="data/VOCdevkit/VOC2012"),
+        photographs=Photographs(),
         backbone=Backbone(encoder="tf_efficientnet_lite0", res=400, num_views=1),
         teaching=Teaching(teacher="tf_efficientnet_lite2"),
         extraction=Extraction(actors=2, actor_cpus=0.75),
@@ -255,6 +294,7 @@ def tiny_recipe() -> Recipe:
     """The paper's architecture at toy size with random weights: the whole pipeline in seconds, for tests."""
     return Recipe(
         places=Places(data="outputs/shapes"),
+        photographs=Photographs(),
         backbone=Backbone(encoder="tiny_vit", res=70, num_views=2),
         teaching=Teaching(teacher="tiny_sam"),
         extraction=Extraction(),

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from feature_store.urls import local_path
-from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
-from pipelines import sequence, tables
+from pipelines import datasets, sequence, tables
 from pipelines.checks import check_batch
 from pipelines.cli import main
 from pipelines.sequence import Study as Settings
@@ -22,7 +21,7 @@ from pipelines.sequence import Study as Settings
 
 def job(settings: Settings) -> dict[str, Any]:
     """Check what can be checked, run the steps, then print a table for each number of shots."""
-    dataset = open_dataset(settings.places.data)
+    dataset = datasets.dataset_of(settings.places)
     for fold in settings.folds:
         dataset.novel(fold)
     if not settings.folds or not settings.shots:
@@ -39,7 +38,7 @@ def job(settings: Settings) -> dict[str, Any]:
             if "miou" in result and result["shots"] == shots:
                 method = methods.setdefault(result["variant"], tables.Method({}, {}))
                 method.folds[str(result["fold"])] = {key: round(result[key], 6) for key in ("miou", "fb_iou")}
-        print(tables.markdown(f"{dataset.name}, {shots}-shot", methods, dataset.num_folds) + "\n")
+        print(tables.markdown(f"{dataset.name}, {shots}-shot", methods, len(dataset.folds)) + "\n")
         scores[f"{shots}-shot"] = {name: method.folds for name, method in methods.items()}
     return {"dataset": dataset.name, "scores": scores}
 

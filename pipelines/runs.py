@@ -111,9 +111,11 @@ class ScoreFile:
             tracking.deliver(tracking_uri, self.outbox)
         return json.loads(bytes(open_folder(self.folder).read(self.file)))["result"]
 
-    def write(self, result: dict[str, Any]) -> None:
-        """Keep the result."""
+    def write(self, result: dict[str, Any], episodes: bytes = b"") -> None:
+        """Keep the result, and the table of its episodes."""
         record = {"identity": self.identity, "result": result}
+        if episodes:
+            open_folder(self.folder).write(f"{self.file.removesuffix('.json')}.parquet", [episodes])
         open_folder(self.folder).write(self.file, [json.dumps(record, indent=1, allow_nan=False).encode()])
 
 

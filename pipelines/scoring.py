@@ -1,137 +1,256 @@
-"""Running test episodes and counting them: the work of `evaluate`."""
+"""Running test episodes and counting them: the work of `evaluate`, in this process or in several at once."""
 
+import copy
+import functools
+import io
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from feature_store import FeatureStore
-from fsdino import baselines
-from fsdino.data.dataset import Dataset
-from fsdino.data.episodes import EpisodeSampler
-from fsdino.data.masks import binary_label
-from fsdino.episodic import EpisodeBatch, segment_batch
-from fsdino.metrics import FewShotScore
-from fsdino.segmenter import Prediction, Segmenter
-from pipelines import checkpoints, cluster, panels, tracking
-from pipelines.loading import EpisodeLoader
-from pipelines.recipes import Device
-from pipelines.runs import ScoreFile, flat
+from fsdino import paper
+from fsdino.data.episodes import Episode
+from fsdino.data.views import draw_view
+from fsdino.metrics import Counts, FewShotScore, count
+from fsdino.segmenter import Prediction
+from fsdino.state import sam_prompt_state
+from pipelines import checkpoints, cluster, live, methods, panels
+from pipelines.loading import EpisodeLoader, Features
+from pipelines.networks import MethodPlan, ScoringPlan
 
 BATCH = 8
+CHUNK = 8 * BATCH  # episodes of one Ray task
 PANEL_ROWS = 6
-BASELINES = {
-    "prototype": baselines.prototype_logits,
-    "two-prototype": baselines.two_prototype_logits,
-    "nearest": baselines.nearest_logits,
-}
+AHEAD = 2  # batches being counted while the next ones are computed
 
 
-@dataclass(frozen=True)
-class ScoringJob:
-    """What is scored on what, checked and opened."""
+class EpisodeScore(NamedTuple):
+    """One episode, counted."""
 
-    dataset: Dataset
-    late: FeatureStore
-    query: FeatureStore | None
-    sampler: EpisodeSampler
-    checkpoint: str
-    method: str
-    device: Device
-    scores: ScoreFile
-    res_px: int
-    episodes: int
-    tracking_uri: str
-    panel: str
-    masks: str
+    episode: int
+    class_id: int
+    query: str
+    supports: tuple[str, ...]
+    counts: Counts
+    pixels: int
+    """Of the map that was scored."""
 
 
-def score(job: ScoringJob, about: dict[str, Any]) -> dict[str, Any]:
-    """`about` with `miou`, `fb_iou` in [0, 1] and `per_class` (class name to IoU), written, then logged with a
-    picture."""
-    device = cluster.device_of(job.device)
-    if job.method == "segmenter":
-        segmenter, _ = checkpoints.load_segmenter(job.checkpoint)
-        method = trained(segmenter.to(device), cluster.autocast(job.device.train_precision, device))
-    else:
-        method = training_free(job.method)
-    loader = EpisodeLoader(job.dataset, job.late, job.query, job.res_px)
-    fold, names = job.sampler.fold, job.dataset.class_names
+def built(plan: MethodPlan, device: torch.device, precision: str) -> methods.Method:
+    """A method on a device."""
+    if plan.name == "segmenter":
+        segmenter, _ = checkpoints.load_segmenter(plan.checkpoint)
+        return methods.Trained(segmenter.to(device), lambda: cluster.autocast(precision, device))
+    if plan.name == "matching":
+        encoder = live.built(plan.backbone, device)
+        with torch.inference_mode():
+            blank = encoder(live.blank(encoder, plan.backbone.res).to(device)).late[0]
+        return methods.matching(methods.basis_of(blank))
+    if plan.name == "peak":
+        assert plan.sam_decoder is not None
+        state = sam_prompt_state(plan.sam_decoder, plan.decoder_weights)
+        return methods.peak(methods.peak_prompt(state).to(device))
+    return methods.similarity(plan.name)
+
+
+class Scorer:
+    """A job's method, features and labels in one process."""
+
+    def __init__(self, job: ScoringPlan):
+        self.job = job
+        self.device = cluster.device_of(job.device)
+        self.method = built(job.method, self.device, job.device.train_precision)
+        backbone = job.method.backbone
+        late: Features | None = job.late
+        query: Features | None = job.query
+        if late is None:
+            adapter = None if job.method.adapter is None else job.method.adapter.load()
+            if isinstance(self.method, methods.Trained):
+                adapter = self.method.segmenter.adapter
+            source = live.LiveEncoder(live.built(backbone, self.device), adapter, job.dataset, backbone, self.device)
+            late = live.LiveFeatures(source, "late")
+            joint = isinstance(self.method, methods.Trained) and self.method.segmenter.config.adapter == "joint"
+            if adapter is not None:
+                query = live.LiveFeatures(source, "early" if joint else "embedding")
+        self.loader = EpisodeLoader(job.dataset, late, query, backbone.view_seed, backbone.res, query_labels=False)
+
+    def score(self, seed: int, indices: Sequence[int]) -> list[EpisodeScore]:
+        """Episodes of a seed, each counted at the size that the protocol says."""
+        scores: list[EpisodeScore] = []
+        with ThreadPoolExecutor(1) as pool, torch.inference_mode():
+            waiting: list[Future[list[EpisodeScore]]] = []
+            for numbers, batch, predicted in self._predicted(seed, indices):
+                waiting.append(pool.submit(self._count, numbers, batch, predicted.mask_logits))
+                if len(waiting) > AHEAD:
+                    scores += waiting.pop(0).result()
+            for one in waiting:
+                scores += one.result()
+        return scores
+
+    @torch.inference_mode()
+    def picture(self, seed: int, indices: Sequence[int]) -> Image.Image:
+        """A panel of episodes."""
+        episodes = [self.episode(seed, index) for index in indices]
+        predicted = methods.predict(self.method, self.loader.load(episodes).to(self.device), vote=False)
+        return panels.episodes(self.job.dataset, self.loader.view_seed, episodes, predicted)
+
+    def episode(self, seed: int, index: int) -> Episode:
+        """The episode of an index."""
+        assert self.job.sampler is not None
+        sampler = copy.copy(self.job.sampler)
+        sampler.seed = seed
+        return sampler.absent(index, self.pixels) if self.job.absent else sampler.episode(index)
+
+    @functools.cached_property
+    def pixels(self) -> dict[str, dict[int, int]]:
+        """Of every class in every test image."""
+        return self.job.dataset.class_pixels("val")
+
+    def _predicted(self, seed: int, indices: Sequence[int]) -> Iterator[tuple[list[int], list[Episode], Prediction]]:
+        numbers = [list(indices[at : at + BATCH]) for at in range(0, len(indices), BATCH)]
+        drawn = [[self.episode(seed, index) for index in chunk] for chunk in numbers]
+        for chunk, batch in zip(numbers, self.loader.ahead(iter(drawn)), strict=True):
+            yield chunk, list(batch.episodes), methods.predict(self.method, batch.to(self.device), self.job.vote)
+
+    def _count(self, numbers: list[int], episodes: list[Episode], logits: Tensor) -> list[EpisodeScore]:
+        with torch.inference_mode():
+            return [
+                self._counted(number, episode, one)
+                for number, episode, one in zip(numbers, episodes, logits.float().cpu(), strict=True)
+            ]
+
+    def _counted(self, number: int, episode: Episode, logits: Tensor) -> EpisodeScore:
+        job, rules = self.job, self.job.rules
+        label = job.dataset.mask(episode.query, episode.class_id)
+        view = draw_view(self.loader.view_seed, episode.query, episode.views[0])
+        if rules.scored_at == "square":
+            label = view.label(label, job.method.backbone.res)
+            maps = enlarged(logits, label.shape, label.shape, rules.align_corners)
+        else:
+            maps = enlarged(logits, view.extent(label.shape), label.shape, rules.align_corners)
+        if rules.scores_void:
+            label = np.where(label == paper.VOID, 0, label).astype(np.uint8)
+        mask = voted(maps.numpy() > 0)
+        if job.masks:
+            name = f"{number:05d}_{episode.class_id}_{episode.query.replace('/', '_')}.png"
+            Image.fromarray(mask.astype(np.uint8) * 255).save(Path(job.masks) / name)
+        counts = count(mask, label)
+        return EpisodeScore(number, episode.class_id, episode.query, episode.supports, counts, label.size)
+
+
+def enlarged(logits: Tensor, extent: tuple[int, ...], size: tuple[int, ...], align_corners: bool) -> Tensor:
+    """Maps (n, m, m), bilinear, at the (height, width) `extent`, of which the upper left `size` is kept."""
+    large = F.interpolate(logits[None], size=tuple(extent), mode="bilinear", align_corners=align_corners)[0]
+    return large[:, : size[0], : size[1]]
+
+
+def voted(masks: np.ndarray) -> np.ndarray:
+    """One mask of n, by HSNet's vote: pixels with at least half as many votes as the image's best pixel has."""
+    votes = masks.sum(0)
+    return 2 * votes >= max(1, votes.max())
+
+
+def score(job: ScoringPlan, seed: int) -> list[EpisodeScore]:
+    """All test episodes of a seed, in this process or in several Ray actors at once; in their order."""
+    episodes, tasks = job.episodes, job.tasks
+    chunks = [range(at, min(at + CHUNK, episodes)) for at in range(0, episodes, CHUNK)]
     if job.masks:
         Path(job.masks).mkdir(parents=True, exist_ok=True)
-    opened = tracking.running(
-        job.tracking_uri,
-        "evaluate",
-        f"fold{fold}-{job.scores.title}",
-        flat(job.scores.identity),
-        {"dataset": job.dataset.name},
-        outbox=job.scores.outbox,
-    )
-    with opened as run, torch.inference_mode():
-        total = score_episodes(method, loader, job, device).result()
-        per_class = {names[c - 1]: round(iou, 6) for c, iou in total["per_class"].items()}
-        result = {**about, "miou": total["miou"], "fb_iou": total["fb_iou"], "per_class": per_class}
-        run.log(0, miou=total["miou"], fb_iou=total["fb_iou"], **{f"iou_{n}": v for n, v in per_class.items()})
-        run.keep("FINISHED")
-        job.scores.write(result)
-        with tracking.optional(run, "the picture of episodes"):
-            shown = loader.load([job.sampler.episode(i) for i in range(min(PANEL_ROWS, job.episodes))]).to(device)
-            picture = panels.episodes(job.dataset, loader.view_seed, shown.episodes, method(shown))
-            run.picture(picture, "panels/test.png")
-            if job.panel:
-                picture.save(job.panel)
-    return result
+    found: list[EpisodeScore] = []
+    with tqdm(total=episodes, unit="episode", desc=f"evaluating, seed {seed}", mininterval=5, file=sys.stderr) as bar:
+        for scores in _by_actors(job, seed, chunks, tasks) if tasks > 1 else map(_scorer(job, seed), chunks):
+            found += scores
+            bar.update(len(scores))
+    return sorted(found)
 
 
-def score_episodes(
-    method: Callable[[EpisodeBatch], Prediction], loader: EpisodeLoader, job: ScoringJob, device: torch.device
-) -> FewShotScore:
-    """Run test episodes 0 ... episodes-1 in batches and count each at its label's own size."""
-    total = FewShotScore(job.dataset.novel(job.sampler.fold))
-    batches = (range(at, min(at + BATCH, job.episodes)) for at in range(0, job.episodes, BATCH))
-    with tqdm(total=job.episodes, unit="episode", desc="evaluating", mininterval=5, file=sys.stderr) as bar:
-        for batch in loader.batches(job.sampler, batches):
-            logits = method(batch.to(device)).mask_logits
-            for episode, one in zip(batch.episodes, logits, strict=True):
-                label = binary_label(loader.dataset.label(episode.query), episode.class_id)
-                mask = at_size(one, label.shape).cpu().numpy() > 0
-                total.add(mask, label, episode.class_id)
-                if job.masks:
-                    name = f"{bar.n:05d}_{episode.class_id}_{episode.query.replace('/', '_')}.png"
-                    Image.fromarray(mask.astype(np.uint8) * 255).save(Path(job.masks) / name)
-                bar.update()
-    return total
+def _scorer(job: ScoringPlan, seed: int) -> Any:
+    scorer = scorer_of(job)
+    return lambda chunk: scorer.score(seed, chunk)
 
 
-def at_size(logits: Tensor, size: tuple[int, ...]) -> Tensor:
-    """One `1 m m` map, bilinear, at a photograph's (height, width)."""
-    return F.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)[0, 0]
+def scorer_of(job: ScoringPlan) -> Scorer:
+    """The scorer of a job in this process, built once."""
+    if not _scorers or _scorers[0].job is not job:
+        _scorers[:] = [Scorer(job)]
+    return _scorers[0]
 
 
-def trained(segmenter: Segmenter, precision: AbstractContextManager) -> Callable[[EpisodeBatch], Prediction]:
-    """The segmenter as a function of a batch."""
-
-    def predicted(batch: EpisodeBatch) -> Prediction:
-        with precision:
-            return segment_batch(segmenter, batch)
-
-    return predicted
+_scorers: list[Scorer] = []
 
 
-def training_free(method: str) -> Callable[[EpisodeBatch], Prediction]:
-    """A baseline as a function of a batch."""
+def _by_actors(job: ScoringPlan, seed: int, chunks: Sequence[range], tasks: int) -> Iterator[list[EpisodeScore]]:
+    """Chunks by Ray actors, each as it is done."""
+    gpus = 1.0 if job.device.gpu else 0.0
+    cluster.connect({"CPU": tasks, "GPU": gpus * tasks}, f"{tasks} tasks", "lower --tasks")
+    import ray
+    from ray.util import ActorPool
 
-    def predicted(batch: EpisodeBatch) -> Prediction:
-        logits = BASELINES[method](batch.support_late, batch.support_masks, batch.query_late)
-        return Prediction(prior_logits=None, mask_logits=logits)
+    shared = ray.put(job)
+    actors = [ray.remote(num_cpus=1, num_gpus=gpus)(_Actor).remote(shared) for _ in range(tasks)]
+    with cluster.faults():
+        outcomes = ActorPool(actors).map_unordered(lambda actor, chunk: actor.score.remote(seed, chunk), list(chunks))
+        for outcome in outcomes:
+            yield outcome.get()
 
-    return predicted
+
+class _Actor:
+    """A scorer of its own; expected errors travel as outcomes."""
+
+    def __init__(self, job: ScoringPlan):
+        torch.set_num_threads(1)
+        self.job = job
+
+    def score(self, seed: int, chunk: range) -> Any:
+        from pipelines.outcome import Outcome
+
+        return Outcome.of(lambda: scorer_of(self.job).score(seed, chunk))
+
+
+def result_of(job: ScoringPlan, scores: Sequence[EpisodeScore]) -> dict[str, Any]:
+    """`miou`, `fb_iou`, `boundary_iou` in [0, 1] and `per_class` (class name to IoU); for absent objects `empty`, the
+    share of masks that are rightly empty, and `false_area`, the mean share of the image that is wrongly not."""
+    if job.absent:
+        return {
+            "empty": round(float(np.mean([s.counts.predicted == 0 for s in scores])), 6),
+            "false_area": round(float(np.mean([s.counts.predicted / s.pixels for s in scores])), 6),
+        }
+    total = FewShotScore(job.dataset.novel(job.fold))
+    for one in scores:
+        total.add(one.counts, one.class_id)
+    found, names = total.result(), job.dataset.class_names
+    per_class = {names[class_id - 1]: round(iou, 6) for class_id, iou in found.pop("per_class").items()}
+    return {**found, "per_class": per_class}
+
+
+def parquet(scores: Sequence[EpisodeScore], names: Sequence[str]) -> bytes:
+    """The episodes as a table, one row each."""
+    columns: dict[str, list[Any]] = {
+        "episode": [s.episode for s in scores],
+        "class": [names[s.class_id - 1] for s in scores],
+        "query": [s.query for s in scores],
+        "supports": [list(s.supports) for s in scores],
+        "iou": [s.counts.iou for s in scores],
+        "pixels": [s.pixels for s in scores],
+        **{field: [getattr(s.counts, field) for s in scores] for field in Counts._fields},
+    }
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+def extremes(scores: Sequence[EpisodeScore]) -> tuple[list[int], list[int]]:
+    """Episodes with the best and the worst IoU, at most one for each query."""
+    ranked = sorted({s.query: s for s in sorted(scores, key=lambda s: -s.episode)}.values(), key=lambda s: s.counts.iou)
+    worst, best = ranked[:PANEL_ROWS], ranked[::-1][:PANEL_ROWS]
+    return [s.episode for s in best], [s.episode for s in worst]

@@ -16,9 +16,9 @@ from typing import Any, Literal, TextIO
 from tqdm import tqdm
 
 from pipelines.checks import Few, Fold
-from pipelines.recipes import Recipe, RecipeName
+from pipelines.recipes import Photographs, Recipe, RecipeName
 
-Method = Literal["prototype", "two-prototype", "nearest"]
+Method = Literal["prototype", "two-prototype", "nearest", "matching", "peak"]
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,33 @@ class Step:
 def plan(study: Study) -> list[Step]:
     """The steps up to the last score."""
     adapter, steps = study.model.adapter, []
-    if adapter == "distilled":
-        steps.append(Step("teacher embeddings", "extract_teacher"))
     coarse = tuple(res for res in study.distillation.distill_res if res != study.backbone.res)
     coarse = coarse if adapter == "distilled" else ()
-    steps.append(Step("features", "extract_features", lambda _: {"coarse_res": coarse}))
+    elsewhere = study.photographs.images is not None
     if adapter == "distilled":
+        steps.append(Step("teacher embeddings", "extract_teacher"))
+        if elsewhere:
+            early = _always(coarse_res=coarse, features=("early",))
+            steps.append(Step("features for distillation", "extract_features", early))
+            steps.append(Step("distil", "distill"))
+    own = {"photographs": Photographs()} if elsewhere else {"coarse_res": coarse}
+    steps.append(Step("features", "extract_features", _always(**own)))
+    if adapter == "distilled" and not elsewhere:
         steps.append(Step("distil", "distill"))
+
+    def distilled(results: Results) -> dict[str, Any]:
+        return {"adapter_checkpoint": results["distil"]["adapter"]} if adapter == "distilled" else {}
+
     if adapter != "joint":
-        steps.append(Step("bake embeddings", "bake_embeddings"))
+        steps.append(Step("bake embeddings", "bake_embeddings", distilled))
     for fold in study.folds:
         for method in study.methods:
             steps += [_score(method, fold, shots, {"method": method}) for shots in study.shots]
         for variant in study.variants:
             model = replace(study.model, variant=variant)
-            train = Step(f"train {variant}, fold {fold}", "train_episodic", _always(fold=fold, model=model))
+            train = Step(
+                f"train {variant}, fold {fold}", "train_episodic", _with(distilled, {"fold": fold, "model": model})
+            )
             steps.append(train)
             steps += [_score(variant, fold, shots, {"model": model}, train.title) for shots in study.shots]
     return steps
@@ -101,6 +113,10 @@ def stop_ray() -> None:
 
 def _always(**own: Any) -> Callable[[Results], dict[str, Any]]:
     return lambda _: own
+
+
+def _with(also: Callable[[Results], dict[str, Any]], own: dict[str, Any]) -> Callable[[Results], dict[str, Any]]:
+    return lambda results: {**own, **also(results)}
 
 
 def _score(name: str, fold: int, shots: int, own: dict[str, Any], trained: str | None = None) -> Step:

@@ -6,23 +6,45 @@ from typing import Any, TypeVar
 
 from feature_store import CacheSettings, FeatureStore, Fingerprint
 from feature_store.schema import COMMANDS
-from fsdino.data.dataset import Dataset, Split, check_label_sizes
 from fsdino.data.photographs import same_file
 from fsdino.errors import UserError
+from fsdino.preprocess import PREPROCESSING
 from fsdino.specs import encoder_spec, teacher_spec
 from pipelines.recipes import Backbone, Places
 
 T = TypeVar("T")
 
 
-def place(root: str, dataset: str, fingerprint: Fingerprint, res_px: int) -> str:
-    """Where a data set's features are kept; `res_px` is the student's, also for a teacher that sees another side."""
-    return at(root, dataset, fingerprint.model, fingerprint.feature, res_px)
+def place(root: str, dataset: str, fingerprint: Fingerprint) -> str:
+    """Where a data set's features are kept."""
+    return at(root, dataset, fingerprint.model, fingerprint.feature, fingerprint.res_px)
 
 
 def at(root: str, dataset: str, model: str, feature: str, res_px: int) -> str:
     """As `place`, from its parts: two encoders, or two adapters, live side by side."""
     return f"{root.rstrip('/')}/{dataset}/{model}/{feature}@{res_px}"
+
+
+def encoded_fingerprint(
+    backbone: Backbone, feature: str, res_px: int, digest: str, precision: str = "fp32", dtype: str = "float32"
+) -> Fingerprint:
+    """Of the encoder's `early` or `late` features at a resolution, for weights of that digest."""
+    spec = encoder_spec(backbone.encoder, backbone.early_norm, backbone.late_norm)
+    layer = spec.early if feature == "early" else spec.late
+    return Fingerprint(
+        feature=feature,
+        model=spec.name,
+        weights=digest,
+        layer=layer.name,
+        norm=layer.norm,
+        res_px=res_px,
+        grid=spec.grid(res_px),
+        channels=layer.channels,
+        view_seed=backbone.view_seed,
+        preprocessing=PREPROCESSING,
+        precision=precision,
+        dtype=dtype,
+    )
 
 
 def adapter_model(encoder: str, digest: str) -> str:
@@ -47,10 +69,12 @@ def open_encoded(places: Places, dataset: str, feature: str, backbone: Backbone,
 
 
 def open_teacher(places: Places, dataset: str, teacher: str, res_px: int) -> FeatureStore:
-    """The teacher's embeddings for students at a resolution."""
+    """The teacher's embeddings for students at a resolution; one store for all of them if the teacher takes one side
+    alone."""
     spec = teacher_spec(teacher)
-    expect = {"feature": "teacher", "model": teacher, "layer": spec.layer.name, "res_px": spec.input_px(res_px)}
-    return _open(places, at(places.store, dataset, teacher, "teacher", res_px), expect)
+    side = spec.input_px(res_px)
+    expect = {"feature": "teacher", "model": teacher, "layer": spec.layer.name, "res_px": side}
+    return _open(places, at(places.store, dataset, teacher, "teacher", side), expect)
 
 
 def open_embedding(places: Places, dataset: str, digest: str, backbone: Backbone, late: FeatureStore) -> FeatureStore:
@@ -99,10 +123,10 @@ def check_images(images: Iterable[str], *stores: FeatureStore | None) -> None:
                 )
 
 
-def check_sizes(dataset: Dataset, split: Split, images: Iterable[str], store: FeatureStore) -> None:
-    """Raise UserError if labels are not of the sizes that their photographs had when they were encoded."""
+def sizes_of(store: FeatureStore, images: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(width, height) that photographs had when they were encoded."""
     sizes = {row.sample_id: size for row, size in zip(store.samples, store.sizes, strict=True)}
-    check_label_sizes(dataset, split, {image_id: sizes[image_id] for image_id in images if image_id in sizes})
+    return {image_id: sizes[image_id] for image_id in images if image_id in sizes}
 
 
 def check_weights(store: FeatureStore, digest: str) -> None:

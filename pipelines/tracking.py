@@ -76,6 +76,10 @@ class Run:
         image.save(file, "PNG")
         self.unsent.pictures[name] = file.getvalue()
 
+    def file(self, data: bytes, name: str) -> None:
+        """Store a file as an artifact, with the next flush."""
+        self.unsent.pictures[name] = data
+
     def folder(self, url: str, name: str) -> None:
         """Store a published folder's files as artifacts under `name`, with the next flush."""
         self.unsent.folders[name] = url

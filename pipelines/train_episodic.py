@@ -12,11 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fsdino.config import SegmenterConfig, SegmenterShape
-from fsdino.data.dataset import open_dataset
 from fsdino.data.episodes import EpisodeSampler
-from fsdino.data.protocols import protocol_of
 from fsdino.weights import weights_digest
-from pipelines import checkpoints, stores
+from pipelines import checkpoints, datasets, stores
 from pipelines.checks import Fold, Place, Weights, check_batch
 from pipelines.cli import main
 from pipelines.recipes import (
@@ -53,7 +51,7 @@ class Settings:
     name: str = ""
     """Name of the run and its folder; if empty, fold{FOLD}-{VARIANT} and whatever flags changed in the recipe."""
     adapter_checkpoint: Place | None = None
-    """A distilled adapter's folder, path or URL, instead of the one that was distilled on this data set."""
+    """Folder, path or URL, of an adapter, instead of the one that was distilled on this data set."""
     decoder_weights: Weights | None = None
     """A local SAM checkpoint for the decoder instead of the publisher's."""
 
@@ -62,8 +60,8 @@ def job(settings: Settings) -> dict[str, Any]:
     """Check stores, fold and adapter, then train on Ray Train; a finished run is only reported."""
     places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
     check_batch(episodic.batch, settings.workers.workers)
-    protocol, dataset = protocol_of(settings.benchmark.protocol), open_dataset(places.data)
-    listed = protocol.training_images(dataset, settings.fold)
+    dataset = datasets.dataset_of(places)
+    rules = datasets.rules_of(settings.benchmark, dataset)
     late = stores.open_encoded(places, dataset.name, "late", backbone, backbone.res)
     early = None
     if model.adapter == "joint":
@@ -82,8 +80,9 @@ def job(settings: Settings) -> dict[str, Any]:
     query = early
     if query is None:
         query = stores.open_embedding(places, dataset.name, adapter.digest, backbone, late)
+    images = datasets.images_of(dataset, rules, settings.fold, "train", settings.benchmark.pairs, (late, query))
     sampler = EpisodeSampler(
-        stores.without_quarantined(listed, (late, query)),
+        images.listed,
         shots=episodic.train_shots,
         fold=settings.fold,
         seed=settings.workers.seed,
@@ -91,15 +90,16 @@ def job(settings: Settings) -> dict[str, Any]:
         num_views=backbone.num_views,
         balance=episodic.balance,
         flip=episodic.flip,
+        order=rules.order,
+        pairs=images.pairs,
+        repeats_supports=rules.repeats_supports,
     )
-    stores.check_images(sampler.images, late, query)
-    stores.check_sizes(dataset, "train", sampler.images, late)
-    steps = episodic.steps or max(1, episodic.epochs * len(sampler.images) // episodic.batch)
+    steps = episodic.steps or max(1, episodic.epochs * len(sampler) // episodic.batch)
     shape = SegmenterShape(adapter.in_channels, late.fingerprint.channels, late.fingerprint.grid, adapter.out_channels)
     origin: dict[str, Any] = {
         "recipe": settings.recipe,
         "dataset": dataset.name,
-        "protocol": protocol.name,
+        "protocol": rules.name,
         "fold": settings.fold,
         "base_images": len(sampler.images),
         "training_list": dataset.list_digest("train"),
@@ -113,7 +113,7 @@ def job(settings: Settings) -> dict[str, Any]:
     same = identity(
         model=model,
         steps=steps,
-        rules=protocol,
+        rules=rules,
         images=sampler.digest,
         labels=dataset.labels_digest("train", sampler.images),
         features=[store.content(sampler.images) for store in (late, query)],
@@ -145,6 +145,7 @@ def job(settings: Settings) -> dict[str, Any]:
             episodic=episodic,
             steps=steps,
             label_px=episodic.label_px or backbone.res,
+            void_is_background=rules.void_in_training == "background",
             origin={**origin, "run": same},
             adapter=adapter_state,
             decoder=decoder_state,

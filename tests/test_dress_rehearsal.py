@@ -65,7 +65,7 @@ def test_the_papers_recipe_runs_from_photographs_to_scores_at_full_size(publishe
         "dinov2_vitb14/late@518": (37, 37, 768),
         "dinov2_vitb14/early@126": (9, 9, 768),
         "dinov2_vitb14/early@252": (18, 18, 768),
-        "sam_vit_h/teacher@518": (64, 64, 256),
+        "sam_vit_h/teacher@1024": (64, 64, 256),
     }
     assert {name: FeatureStore(str(stores / name)).shape for name in shapes} == shapes
     (final,) = (tmp_path / "runs" / "squares" / "dinov2_vitb14@518").glob("fold0-4d-*/final")

@@ -69,7 +69,7 @@ def test_distillation_resumes_after_kill_9_and_ends_at_the_undisturbed_adapter(w
     one, other = ({**places, "--out": tmp_path / name} for name in ("undisturbed", "killed"))
     longer = ["--distill-epochs", 4]
     undisturbed = run("distill", *flags(one), *longer)
-    folder = tmp_path / "killed" / TRAINED / "distill-tiny_sam"
+    folder = tmp_path / "killed" / "adapters" / "tiny_vit@70" / "tiny_sam-on-shapes"
     process = start("distill", *flags(other), *longer)
     assert wait_for(lambda: len(list(folder.glob("checkpoint_*/state.pt"))) >= 2, process)
     kill(process)

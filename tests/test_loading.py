@@ -33,7 +33,7 @@ def loader(shapes_root, tmp_path_factory):
         part = features[shard * 32 : (shard + 1) * 32]
         writer.write(shard, part, [(224, 224)] * len(part))
     writer.seal()
-    return EpisodeLoader(dataset, FeatureStore(url), None, label_px=98)
+    return EpisodeLoader(dataset, FeatureStore(url), None, view_seed=0, label_px=98)
 
 
 @pytest.fixture(scope="module")

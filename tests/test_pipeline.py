@@ -28,11 +28,14 @@ def test_every_step_of_the_way_ends_in_its_result(whole_run, places):
     assert [stage["res_px"] for stage in whole_run["distill"]["stages"]] == [28, 70]
     assert whole_run["4d"]["steps"] == 10 and whole_run["4d"]["loss"] > 0
     folder = Path(places["--out"]) / TRAINED
-    assert whole_run["distill"]["adapter"] == str(folder / "distill-tiny_sam" / "final")
+    adapters = Path(places["--out"]) / "adapters" / "tiny_vit@70"
+    assert whole_run["distill"]["adapter"] == str(adapters / "tiny_sam-on-shapes" / "final")
     assert whole_run["4d"]["checkpoint"] == str(folder / f"fold{FOLD}-4d" / "final")
     for method in ("prototype", "nearest", "compact", "4d"):
         score = whole_run[f"score {method}"]
-        assert list(score) == "dataset protocol folds fold shots episodes seed variant miou fb_iou per_class".split()
+        said = "dataset protocol rules folds fold shots fusion episodes absent memory seed variant trained_on left_out"
+        assert set(score) == {*said.split(), "miou", "fb_iou", "boundary_iou", "per_class"}
+        assert score["rules"]["min_pixels"] == 2048 and score["left_out"] == {"quarantined": 0, "bad_labels": 0}
         assert (score["dataset"], score["protocol"], score["variant"]) == ("shapes", "hdmnet", method)
         assert score["folds"] == "4 blocks"
 
@@ -41,7 +44,7 @@ def test_stores_lie_by_data_set_model_feature_and_resolution(whole_run, places):
     adapter = json.loads((Path(whole_run["distill"]["adapter"]) / "adapter.json").read_text())
     lie = {str(Path(url).relative_to(places["--store"])) for url in tools.find(str(places["--store"]))}
     assert lie == {
-        "shapes/tiny_sam/teacher@70",
+        "shapes/tiny_sam/teacher@128",
         "shapes/tiny_vit/early@28",
         "shapes/tiny_vit/early@70",
         "shapes/tiny_vit/late@70",

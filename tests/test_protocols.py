@@ -1,6 +1,7 @@
 """Which images train and test, and for which classes, against counts by hand and those of the published protocol."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +24,16 @@ PIXELS = {
 class Counted(VocDataset):
     """Twenty classes and the pixels above, without any file."""
 
-    def __init__(self):
+    def __init__(self, pixels=PIXELS, points=None):
         self.class_names = [f"class {c}" for c in range(1, 21)]
+        self.name, self._own, self.counted, self.points = "counted", False, pixels, points
+        self.root = Path("nowhere")
 
     def class_pixels(self, split):
-        return PIXELS
+        return self.counted
+
+    def class_points(self, split):
+        return self.points
 
 
 DATASET = Counted()
@@ -58,7 +64,7 @@ def test_a_querys_class_is_drawn_among_all_of_the_fold_with_a_pixel_in_it():
 
 def test_an_unknown_protocol_is_a_users_mistake():
     assert protocol_of("hdmnet") is HDMNET
-    with pytest.raises(UserError, match="--protocol hsnetto: no such protocol; known are hdmnet"):
+    with pytest.raises(UserError, match="--protocol hsnetto: no such protocol; known are hdmnet, hsnet"):
         protocol_of("hsnetto")
 
 

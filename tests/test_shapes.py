@@ -8,7 +8,7 @@ from fsdino.data.protocols import HDMNET
 from fsdino.data.shapes import CLASSES, draw_image, write_shapes
 from fsdino.data.voc import VocDataset
 from fsdino.errors import UserError
-from fsdino.metrics import FewShotScore
+from fsdino.metrics import FewShotScore, count
 
 
 def test_an_image_depends_on_seed_and_index_alone(tmp_path, shapes_root):
@@ -51,8 +51,8 @@ def test_colour_alone_scores_like_chance(shapes_root):
             label = binary_label(dataset.label(episode.query), episode.class_id)
             inside, outside = support[mask].mean(0), support[~mask].mean(0)
             nearer = np.linalg.norm(query - inside, axis=2) < np.linalg.norm(query - outside, axis=2)
-            by_colour.add(nearer, label, episode.class_id)
-            by_everything.add(np.ones_like(nearer), label, episode.class_id)
+            by_colour.add(count(nearer, label, boundary=False), episode.class_id)
+            by_everything.add(count(np.ones_like(nearer), label, boundary=False), episode.class_id)
     chance = by_everything.result()["miou"]
     assert by_colour.result()["miou"] < 1.3 * chance < 0.25
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsdino.data.dataset import check_label_sizes, open_dataset
+from fsdino.data.dataset import differing_sizes, open_dataset
 from fsdino.data.inspection import inspect
 from fsdino.data.masks import binary_label
 from fsdino.data.protocols import HDMNET
@@ -19,8 +19,8 @@ def test_a_binary_label_keeps_void():
 
 
 def test_a_folder_of_another_layout_is_a_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="found no ImageSets/Segmentation"):
-        VocDataset(tmp_path)
+    with pytest.raises(UserError, match="expected a data set, found none of these layouts: voc: JPEGImages"):
+        open_dataset(str(tmp_path))
 
 
 def test_an_unknown_class_in_a_label_is_a_users_mistake(tmp_path, shapes_root):
@@ -99,8 +99,8 @@ def test_labels_of_another_size_than_their_photographs_are_refused_with_both(tmp
     sizes = {i: dataset.image(i).size for i in (turned, larger, right)}
     expected = rf"{turned}\.png: .* 100x224 \(EXIF orientation 6\), got 224x100; 2 of 3 labels differ"
     with pytest.raises(UserError, match=expected):
-        check_label_sizes(dataset, "val", sizes)
-    check_label_sizes(dataset, "val", {right: sizes[right]})
+        differing_sizes(dataset, "val", sizes)
+    differing_sizes(dataset, "val", {right: sizes[right]})
     problems = inspect(dataset).problems
     assert [
         any(p.startswith(str(root / "SegmentationClassAug" / f"{i}.png")) for p in problems) for i in (turned, larger)
@@ -122,7 +122,7 @@ def test_an_inspection_lists_everything_that_is_wrong(tmp_path, shapes_root):
     for expected in (
         f"{train[0]}.jpg: expected a readable image",
         f"{train[1]}.png: expected an image file, found nothing there",
-        f"{train[2]}.png: class 77, but the data set has 12",
+        f"{train[2]}.png: expected classes 0 to 12 and 255, got 77",
         f"1 images are in both lists (the first: {train[3]})",
     ):
         assert expected in found

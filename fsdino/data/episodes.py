@@ -7,15 +7,15 @@ repeats exactly.
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fsdino.data.protocols import ImageClasses
+from fsdino.data.protocols import ImageClasses, Order
 from fsdino.errors import DataError
 
-TRAIN, TEST, ORDER = 0, 1, 2
+TRAIN, TEST, ORDER, ABSENT = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class Episode:
 class EpisodeSampler:
     """Episodes over images that are each annotated with their classes (see Protocol.images).
 
-    Test queries come in the images' order. Training queries come in epochs: each a permutation of the images, every
-    image once; or, with `balance` above 0, the class is drawn first, by its number of images to the power
-    1 - `balance` (1: all equally likely), then one of its images. Training also draws each image's view, and whether
-    its features are mirrored (`flip`, one half). Supports are distinct and never the query.
+    By `order`, items are the images, each of whose classes is drawn anew, or `pairs` of an image and a class (the
+    images' own, if none are given). Test queries are the items in turn; training queries come in epochs, each a
+    permutation of the items, every item once. With the order `classes`, or `balance` above 0 in training, the class is
+    drawn first, by its number of images to the power 1 - `balance` (1: all equally likely), then one of its images.
+    Training also draws each image's view, and whether its features are mirrored (`flip`, one half). Supports are never
+    the query, and distinct unless `repeats_supports`.
 
     Raises UserError if a class has too few images for an episode.
     """
@@ -55,6 +57,10 @@ class EpisodeSampler:
         num_views: int = 1,
         balance: float = 0.0,
         flip: bool = False,
+        order: Order = "images",
+        pairs: Sequence[tuple[str, int]] | None = None,
+        repeats_supports: bool = False,
+        test_view: int = 0,
     ):
         self.images = list(images)
         self.by_class: dict[int, list[str]] = {}
@@ -63,7 +69,8 @@ class EpisodeSampler:
                 self.by_class.setdefault(class_id, []).append(image_id)
         asked = {c for of_image in images.values() for c in (*of_image.listed, *of_image.drawn)}
         few: dict[int, int] = {c: len(self.by_class.get(c, [])) for c in sorted(asked)}
-        few = {c: count for c, count in few.items() if count <= shots}
+        least = 2 if repeats_supports else shots + 1
+        few = {c: count for c, count in few.items() if count < least}
         if not self.images:
             raise DataError(
                 f"fold {fold}: expected images of its {'base' if training else 'novel'} classes, got none at all; "
@@ -71,34 +78,68 @@ class EpisodeSampler:
             )
         if few:
             raise DataError(
-                f"fold {fold}: expected at least {shots + 1} images of every class for {shots}-shot episodes, "
+                f"fold {fold}: expected at least {least} images of every class for {shots}-shot episodes, "
                 f"got {few}; use fewer shots or more images"
             )
         self.classes = {image_id: of_image.drawn for image_id, of_image in images.items()}
-        self.digest = hashlib.sha256(json.dumps(list(images.items())).encode()).hexdigest()[:8]
+        self.pairs: list[tuple[str, int]] = []
+        if order == "pairs":
+            listed = [(image_id, class_id) for image_id, of_image in images.items() for class_id in of_image.listed]
+            self.pairs = listed if pairs is None else [pair for pair in pairs if pair[0] in images]
+        drawn_from = [list(images.items()), *([self.pairs, order] if order != "images" else [])]
+        self.digest = hashlib.sha256(json.dumps(drawn_from).encode()).hexdigest()[:8]
         """Of the images and their classes: what the episodes are drawn from."""
         self.shots, self.fold, self.seed, self.training = shots, fold, seed, training
-        self.num_views, self.flip = num_views, flip
+        self.num_views, self.flip, self.test_view, self.repeats_supports = num_views, flip, test_view, repeats_supports
         sizes = np.array([len(self.by_class[c]) for c in sorted(self.by_class)], float)
-        self.class_shares = sizes ** (1 - balance) / (sizes ** (1 - balance)).sum() if balance > 0 else None
+        power = 0.0 if order == "classes" else 1 - balance
+        self.class_shares = sizes**power / (sizes**power).sum() if balance > 0 or order == "classes" else None
+
+    def __len__(self) -> int:
+        """Items of an epoch."""
+        return len(self.pairs) or len(self.images)
 
     def episode(self, index: int) -> Episode:
         """The episode of that index."""
         rng = np.random.default_rng([self.seed, self.fold, TRAIN if self.training else TEST, index])
-        if self.class_shares is not None:
-            class_id = sorted(self.by_class)[rng.choice(len(self.class_shares), p=self.class_shares)]
-            query = self.by_class[class_id][rng.integers(len(self.by_class[class_id]))]
-        else:
-            epoch, position = divmod(index, len(self.images))
-            if self.training:
-                position = _order(self.seed, self.fold, epoch, len(self.images))[position]
-            query = self.images[position]
-            class_id = self.classes[query][rng.integers(len(self.classes[query]))]
+        query, class_id = self._query(rng, index)
         others = [image_id for image_id in self.by_class[class_id] if image_id != query]
-        supports = tuple(others[i] for i in rng.choice(len(others), self.shots, replace=False))
+        supports = tuple(others[i] for i in rng.choice(len(others), self.shots, replace=self.repeats_supports))
         views = tuple(int(v) for v in rng.integers(self.num_views, size=1 + self.shots))
+        if not self.training:
+            views = (self.test_view,) * (1 + self.shots)
         flips = tuple(bool(f) for f in rng.random(1 + self.shots) < (0.5 if self.flip else 0))
         return Episode(class_id, query, supports, views, flips)
+
+    def absent(self, index: int, pixels: Mapping[str, Mapping[int, int]]) -> Episode:
+        """An episode whose query shows no pixel of the class: one of the images, and a class that it lacks.
+
+        `pixels` are those of every class in every image. Raises DataError if every image shows every class.
+        """
+        rng = np.random.default_rng([self.seed, self.fold, ABSENT, index])
+        lacking = {i: [c for c in sorted(self.by_class) if not pixels[i].get(c)] for i in self.images}
+        images = [image_id for image_id, classes in lacking.items() if classes]
+        if not images:
+            raise DataError(f"fold {self.fold}: expected images that lack one of its classes, got none")
+        query = images[index % len(images)]
+        class_id = lacking[query][rng.integers(len(lacking[query]))]
+        members = self.by_class[class_id]
+        supports = tuple(members[i] for i in rng.choice(len(members), self.shots, replace=self.repeats_supports))
+        views, flips = (self.test_view,) * (1 + self.shots), (False,) * (1 + self.shots)
+        return Episode(class_id, query, supports, views, flips)
+
+    def _query(self, rng: np.random.Generator, index: int) -> tuple[str, int]:
+        """The query of an index, and its class."""
+        if self.class_shares is not None:
+            class_id = sorted(self.by_class)[rng.choice(len(self.class_shares), p=self.class_shares)]
+            return self.by_class[class_id][rng.integers(len(self.by_class[class_id]))], class_id
+        epoch, position = divmod(index, len(self))
+        if self.training:
+            position = _order(self.seed, self.fold, epoch, len(self))[position]
+        if self.pairs:
+            return self.pairs[position]
+        query = self.images[position]
+        return query, self.classes[query][rng.integers(len(self.classes[query]))]
 
 
 @functools.lru_cache(maxsize=4)

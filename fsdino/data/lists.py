@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterator, Sequence
 
 from fsdino.errors import DataError
 from fsdino.preprocess import SUFFIXES
@@ -14,20 +15,22 @@ LABELS = "SegmentationClassAug"
 FOLDERS = ("JPEGImages", LABELS)
 
 
-def parse_ids(place: str, data: bytes) -> list[str]:
+def parse_ids(place: str, data: bytes, folders: Sequence[str] = FOLDERS, labels: str | None = LABELS) -> list[str]:
     """Ids of a list, in its order. One entry a line, all of one form: an id; a path to the image; a path to the image
     and one to its label; or an id and VOC's flag, where -1 means that the image is not in the list.
 
-    Ids may hold spaces; line ends, blank lines, byte-order marks and UTF-16 are understood. Raises DataError with the
-    line's number for what is not, and for an id that comes twice.
+    `folders` hold images and labels: an id is what follows them. Labels are read from the folder `labels`, if given,
+    and must be there. Ids may hold spaces; line ends, blank lines, byte-order marks and UTF-16 are understood. Raises
+    DataError with the line's number for what is not, and for an id that comes twice.
     """
     lines = _lines(place, data)
-    for form in (_flagged, _paired, _plain):
-        ids = form(place, lines)
-        if ids is not None:
-            break
+    ids = _flagged(place, lines, folders)
+    if ids is None:
+        ids = _paired(place, lines, folders, labels)
+    if ids is None:
+        ids = _plain(place, lines)
     seen: dict[str, int] = {}
-    for number, image_id in ids or []:
+    for number, image_id in ids:
         if not image_id or {"", ".", ".."} & set(image_id.split("/")):
             raise DataError(f"{place}: line {number}: expected an id below the folder of images, got {image_id!r}")
         if image_id in seen:
@@ -63,6 +66,15 @@ def parse_classes(place: str, data: bytes) -> list[str]:
     return names
 
 
+def class_lists(place: str, data: bytes) -> Iterator[tuple[int, list[str]]]:
+    """Lines of class names with commas between them, with their numbers. Raises DataError for an empty name."""
+    for number, line in _lines(place, data):
+        names = [name.strip() for name in line.split(",")]
+        if not all(names):
+            raise DataError(f"{place}: line {number}: expected names of classes with commas between them, got {line!r}")
+        yield number, names
+
+
 def _lines(place: str, data: bytes) -> list[Line]:
     """Lines that are not blank, with their numbers from 1; what cannot be seen is taken off both ends."""
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -85,7 +97,7 @@ def _visible(line: str) -> str:
     return line.strip("".join(unseen))
 
 
-def _flagged(place: str, lines: list[Line]) -> list[Line] | None:
+def _flagged(place: str, lines: list[Line], folders: Sequence[str]) -> list[Line] | None:
     """VOC's lists of one class: an id and -1 (absent), 0 (difficult) or 1. None if no line is of this form."""
     matches = [(number, line, FLAGS.fullmatch(line)) for number, line in lines]
     if not any(match and match[2] == ABSENT for _, _, match in matches) and not all(match for _, _, match in matches):
@@ -94,10 +106,10 @@ def _flagged(place: str, lines: list[Line]) -> list[Line] | None:
         if match is None:
             raise DataError(f"{place}: line {number}: expected an id and a flag of -1, 0 or 1, as above, got {line!r}")
     present = [(number, match[1]) for number, _, match in matches if match and match[2] != ABSENT]
-    return [(number, _stem(name) if _image_path(name) else name) for number, name in present]
+    return [(number, _stem(name, folders) if _image_path(name) else name) for number, name in present]
 
 
-def _paired(place: str, lines: list[Line]) -> list[Line] | None:
+def _paired(place: str, lines: list[Line], folders: Sequence[str], labels: str | None) -> list[Line] | None:
     """Paths of images, alone or with their labels' behind them. None if no line begins with one."""
     if not any(_image_path(line) for _, line in lines):
         return None
@@ -108,12 +120,12 @@ def _paired(place: str, lines: list[Line]) -> list[Line] | None:
             raise DataError(f"{place}: line {number}: expected an id, a path to an image, or a pair, got {line!r}")
         if not _image_path(image) or len(label) > 1:
             raise DataError(f"{place}: line {number}: expected an image's path and a label's, as above, got {line!r}")
-        image_id = _stem(image)
-        if label and label[0].split("/")[-2:-1] not in ([], [LABELS]):
+        image_id = _stem(image, folders)
+        if label and labels is not None and label[0].split("/")[-2:-1] not in ([], [labels]):
             raise DataError(
-                f"{place}: line {number}: expected a label in {LABELS}, which is what is read, got {label[0]}"
+                f"{place}: line {number}: expected a label in {labels}, which is what is read, got {label[0]}"
             )
-        if label and _stem(label[0]) != image_id:
+        if label and _stem(label[0], folders) != image_id:
             raise DataError(
                 f"{place}: line {number}: expected a label called {image_id}, got {label[0]}; give it the image's name"
             )
@@ -135,9 +147,9 @@ def _image_path(text: str) -> bool:
     return any(first.lower().endswith(suffix) for suffix in SUFFIXES)
 
 
-def _stem(path: str) -> str:
+def _stem(path: str, folders: Sequence[str]) -> str:
     """The id that a path means: what is below the data set's folder of images or labels, without suffix."""
     parts = path.split("/")
-    known = [position for position, part in enumerate(parts[:-1]) if part in FOLDERS]
+    known = [position for position, part in enumerate(parts[:-1]) if part in folders]
     below = parts[known[-1] + 1 :] if known else parts[-1:]
     return "/".join(below).rsplit(".", 1)[0]

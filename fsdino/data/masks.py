@@ -70,6 +70,15 @@ def read_mask(path: Source, size: tuple[int, int], value: int | None = None) -> 
     return mask
 
 
+def read_binary(path: Source) -> UInt8[np.ndarray, "h w"]:
+    """A mask of one class as 1 and 0, read as `read_mask` does; it may be empty, or cover the whole image.
+
+    Raises UserError if it can be read in two ways.
+    """
+    image = decoded(path, ImageOps.exif_transpose)
+    return _object(path, *_mask_values(path, image)).astype(np.uint8)
+
+
 def binary_label(label: UInt8[np.ndarray, "h w"], class_id: int) -> UInt8[np.ndarray, "h w"]:
     """1 on the class, 0 elsewhere, 255 where the label is void."""
     return np.where(label == paper.VOID, paper.VOID, label == class_id).astype(np.uint8)

@@ -13,18 +13,29 @@ from fsspec.utils import glob_translate
 
 from fsdino.errors import UserError, reachable
 from fsdino.preprocess import SUFFIXES
+from fsdino.tars import is_member, members
+
+TAR = ".tar"
+LISTED = SUFFIXES | {TAR}
 
 
-def list_photographs(place: str) -> dict[str, str]:
+def list_photographs(
+    place: str, share: float = 1.0, seed: int = 0, skipped: dict[str, str] | None = None
+) -> dict[str, str]:
     """Photographs by their path below the folder (or below a glob's fixed part), sorted; values are paths or URLs.
 
-    Symbolic links are followed, each folder once. Raises UserError if there is none, or part of it cannot be listed.
+    Tar archives in the place are looked into: SA-1B's need no unpacking. Symbolic links are followed, each folder once.
+    Of a `share` below 1 it is always the same photographs for a seed, drawn by their file names, whether they are
+    unpacked or not. Raises UserError if there is none, or part of it cannot be listed; an archive that is damaged goes
+    into `skipped` instead, if that is given.
     """
     try:
         with reachable(f"--images {place}"):
-            found = dict(sorted(_remote(place) if _is_url(place) else _local(place)))
+            found = dict(sorted(_within_tars(_remote(place) if _is_url(place) else _local(place), skipped)))
     except FileNotFoundError:
         found = {}
+    if share < 1 and found:
+        found = _drawn(found, share, seed)
     if not found:
         raise UserError(
             f"--images {place}: expected photographs, found none; name a folder with any of "
@@ -33,20 +44,48 @@ def list_photographs(place: str) -> dict[str, str]:
     return found
 
 
+def _within_tars(listed: Iterator[tuple[str, str]], skipped: dict[str, str] | None) -> Iterator[tuple[str, str]]:
+    """What was listed, archives replaced by the photographs in them."""
+    for image_id, source in listed:
+        if not image_id.endswith(TAR):
+            yield image_id, source
+            continue
+        try:
+            names = members(source)
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped[source] = error.args[0]
+            continue
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES:
+                yield f"{image_id.removesuffix(TAR)}/{name}", f"tar://{name}::{source}"
+
+
+def _drawn(found: dict[str, str], share: float, seed: int) -> dict[str, str]:
+    """A share of the photographs: those whose names, with the seed, have the lowest digests."""
+
+    def key(image_id: str) -> tuple[bytes, str]:
+        return hashlib.sha256(f"{seed} {image_id.rsplit('/', 1)[-1]}".encode()).digest(), image_id
+
+    chosen = set(sorted(found, key=key)[: max(1, round(share * len(found)))])
+    return {image_id: source for image_id, source in found.items() if image_id in chosen}
+
+
 def file_stamps(sources: Sequence[str]) -> dict[str, str]:
     """What changes when a photograph does: its bytes, then modification time or ETag; empty where it cannot be told.
 
     Remote places are listed a folder at a time, as a request for each photograph would take longer than reading them.
     """
-    remote = [source for source in sources if _is_url(source)]
+    remote = [source for source in sources if _is_url(source) and not is_member(source)]
     with ThreadPoolExecutor(16) as pool:
         found = dict(zip(sources, pool.map(_local_stamp, sources), strict=True))
     by_folder: dict[tuple[str, str], list[str]] = {}
     for source in remote:
         archive = f"::{source.split('::', 1)[1]}" if "::" in source else ""
         by_folder.setdefault((source.split("::")[0].rsplit("/", 1)[0], archive), []).append(source)
-    for (folder, archive), members in by_folder.items():
-        found |= _remote_stamps(f"{folder}/{archive}", members)
+    for (folder, archive), inside in by_folder.items():
+        found |= _remote_stamps(f"{folder}/{archive}", inside)
     return found
 
 
@@ -59,6 +98,8 @@ def same_file(stamp: str, other: str, moved: bool = False) -> bool:
 
 
 def _local_stamp(source: str) -> str:
+    if is_member(source):
+        return str(members(source.split("::", 1)[1])[source.removeprefix("tar://").split("::")[0]].size)
     if _is_url(source):
         return ""
     try:
@@ -82,14 +123,16 @@ def _remote_stamps(folder: str, sources: Sequence[str]) -> dict[str, str]:
     return stamps
 
 
-def set_name(place: str) -> str:
-    """What a set of photographs is called: its folder's name and a digest of the whole place.
+def set_name(place: str, share: float = 1.0, seed: int = 0) -> str:
+    """What a set of photographs is called: its folder's name and a digest of the whole place and of the share.
 
     Folders of one name in different places often hold files of the same names, and are different sets all the same.
     """
     fixed = place.split("::")[-1] if _is_url(place) and "::" in place else _fixed_part(place)
     name = re.sub(r"[^\w.-]+", "-", fixed.rstrip("/").rsplit("/", 1)[-1]) or "images"
     whole = place if _is_url(place) else os.path.abspath(place)
+    if share < 1:
+        whole += f" {share} {seed}"
     return f"{name}-{hashlib.sha256(whole.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
@@ -126,7 +169,7 @@ def _local(place: str) -> Iterator[tuple[str, str]]:
         inner.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         for name in names:
             path = os.path.join(folder, name)
-            if pattern.match(path) if pattern else Path(name).suffix.lower() in SUFFIXES:
+            if pattern.match(path) if pattern else Path(name).suffix.lower() in LISTED:
                 yield os.path.relpath(path, base), path
 
 
@@ -142,6 +185,6 @@ def _remote(place: str) -> Iterator[tuple[str, str]]:
     archive = f"::{place.split('::', 1)[1]}" if "::" in place else ""
     protocol = place.split("://", 1)[0]
     for name in names:
-        if (wild and fs.isfile(name)) or (not wild and Path(name).suffix.lower() in SUFFIXES):
+        if (wild and fs.isfile(name)) or (not wild and Path(name).suffix.lower() in LISTED):
             url = f"{protocol}://{name}{archive}" if archive else fs.unstrip_protocol(name)
             yield name.removeprefix(base).lstrip("/") or name.rsplit("/", 1)[-1], url

@@ -3,17 +3,29 @@
 A root (a path or any fsspec URL) holds JPEGImages (JPEG, or any other kind of photograph), SegmentationClassAug/*.png
 (palette index = class, 255 = void), and lists of images in ImageSets/Segmentation/{train_aug,val}.txt (lists.py has
 their forms). An optional classes.txt names the classes, one per line from class 1; without it the twenty of PASCAL VOC
-are meant. A data set of one's own is known by its folder's name.
+are meant. A data set of one's own is known by its folder's name; its folds are blocks, COCO-20i's if its classes are
+COCO's, or those of folds.txt.
+
+PASCAL VOC 2012 and SBD also as their publishers ship them: without SegmentationClassAug, labels are those of
+SegmentationClass, and of SBD's cls/*.mat for the other images. SBD (its folder `dataset`, with cls, train.txt and
+val.txt) is looked for as SBD or benchmark_RELEASE/dataset in VOC's folder and in the two above it. Without
+train_aug.txt the training list is VOC's train and SBD's train without VOC's val.
 """
+
+import io
 
 import numpy as np
 from jaxtyping import UInt8
 from upath import UPath
 
-from fsdino.data.dataset import Dataset, Split
+from fsdino import paper
+from fsdino.data.coco import COCO_CLASSES
+from fsdino.data.dataset import LabelledDataset, Split
+from fsdino.data.folds import Folds, blocks, interleaved, parse_folds
 from fsdino.data.lists import parse_classes, parse_ids
 from fsdino.data.masks import read_label
-from fsdino.errors import DataError, UserError, reachable
+from fsdino.errors import DataError, first_line, reachable
+from fsdino.kinds import Kind
 from fsdino.preprocess import SUFFIXES, Source
 
 VOC_CLASSES = (
@@ -22,38 +34,62 @@ VOC_CLASSES = (
 ).split()
 JPEGS = (".jpg", ".jpeg")
 _LIST = {"train": "train_aug", "val": "val"}
+SBD_PLACES = ("SBD", "sbd", "benchmark_RELEASE/dataset")
 
 
-class VocDataset(Dataset):
+class VocDataset(LabelledDataset):
     """Images, labels and folds of one root."""
 
-    def __init__(self, root: Source):
-        with reachable(root):
-            self.root = UPath(root)
-            if not (self.root / "ImageSets" / "Segmentation").is_dir():
-                raise UserError(
-                    f"{self.root}: expected a data set in VOC's layout, found no ImageSets/Segmentation; "
-                    "name the folder that holds JPEGImages"
-                )
+    kinds = ("voc",)
+    layout = "JPEGImages and ImageSets/Segmentation"
+
+    def __init__(self, root: Source, kind: Kind = "voc"):
+        super().__init__(root, kind)
+        with reachable(self.root):
             names = self.root / "classes.txt"
-            own = names.exists()
-            self.class_names = parse_classes(str(names), names.read_bytes()) if own else list(VOC_CLASSES)
-        self.name = self.root.resolve().name if own else "pascal-5i"
+            self._own = names.exists()
+            self.class_names = parse_classes(str(names), names.read_bytes()) if self._own else list(VOC_CLASSES)
+            self._sbd = None if (self.root / "SegmentationClassAug").is_dir() else _sbd(self.root)
+            self._voc_labels = {path.stem for path in _listed(self.root / "SegmentationClass")} if self._sbd else set()
+        self.name = self.root.resolve().name if self._own else "pascal-5i"
         self._ids: dict[Split, list[str]] = {}
         self._photographs: dict[str, dict[str, str]] = {}  # of each folder: stem to name; of several the JPEG
 
-    def ids(self, split: Split) -> list[str]:
+    @classmethod
+    def kinds_at(cls, root: UPath) -> list[Kind]:
+        """See Dataset."""
+        return ["voc"] if (root / "ImageSets" / "Segmentation").is_dir() else []
+
+    def split_classes(self) -> Folds:
+        """See Dataset."""
+        path = self.root / "folds.txt"
+        with reachable(path):
+            if self._own and path.exists():
+                return parse_folds(str(path), path.read_bytes(), self.class_names)
+        return (interleaved if self.class_names == list(COCO_CLASSES) else blocks)(len(self.class_names))
+
+    def own_ids(self, split: Split) -> list[str]:
         """See Dataset."""
         if split not in self._ids:
             path = self.root / "ImageSets" / "Segmentation" / f"{_LIST[split]}.txt"
-            with reachable(path):
-                try:
-                    self._ids[split] = parse_ids(str(path), path.read_bytes())
-                except FileNotFoundError:
-                    raise DataError(
-                        f"{path}: expected the list of {split} images, found none; VOC's layout needs it"
-                    ) from None
-        return list(self._ids[split])
+            derived = split == "train" and self._sbd is not None and not path.exists()
+            self._ids[split] = self._derived() if derived else _read_list(path)
+        return self._ids[split]
+
+    def _derived(self) -> list[str]:
+        """VOC's train and SBD's train without VOC's val."""
+        assert self._sbd is not None
+        lists = self.root / "ImageSets" / "Segmentation"
+        val = set(self.own_ids("val"))
+        both = dict.fromkeys([*_read_list(lists / "train.txt"), *_read_list(self._sbd / "train.txt")])
+        ids = sorted(image_id for image_id in both if image_id not in val)
+        if not self._own and len(ids) != paper.PASCAL_TRAIN_IMAGES:
+            raise DataError(
+                f"{self.root}: expected {paper.PASCAL_TRAIN_IMAGES} training images (VOC's train and SBD's train "
+                f"without VOC's val), got {len(ids)}; check train.txt and val.txt of {lists} and {self._sbd}, or "
+                "write a list of your own, train_aug.txt"
+            )
+        return ids
 
     def source(self, image_id: str) -> str:
         """See Dataset. A photograph that is not there is a JPEG."""
@@ -68,11 +104,51 @@ class VocDataset(Dataset):
 
     def label_source(self, image_id: str) -> str:
         """See Dataset."""
-        return str(self.root / "SegmentationClassAug" / f"{image_id}.png")
+        if self._sbd is None:
+            return str(self.root / "SegmentationClassAug" / f"{image_id}.png")
+        if image_id in self._voc_labels:
+            return str(self.root / "SegmentationClass" / f"{image_id}.png")
+        return str(self._sbd / "cls" / f"{image_id}.mat")
 
     def label(self, image_id: str) -> UInt8[np.ndarray, "h w"]:
         """See Dataset."""
-        return read_label(self.label_source(image_id))
+        source = self.label_source(image_id)
+        return read_sbd_label(source) if source.endswith(".mat") else read_label(source)
+
+
+def read_sbd_label(path: str) -> UInt8[np.ndarray, "h w"]:
+    """The class map of SBD's MATLAB file: field Segmentation of its struct GTcls. Raises DataError if it is none."""
+    from scipy.io import loadmat
+
+    try:
+        with reachable(path):
+            data = UPath(path).read_bytes()
+        return np.asarray(loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0], np.uint8)
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected SBD's label of an image, found nothing there; check the path") from None
+    except (ValueError, TypeError, KeyError, IndexError, EOFError, NotImplementedError) as error:
+        raise DataError(
+            f"{path}: expected SBD's label (a MATLAB file with GTcls.Segmentation), got: {first_line(error)}; download "
+            "it again"
+        ) from None
+
+
+def _read_list(path: UPath) -> list[str]:
+    with reachable(path):
+        try:
+            return parse_ids(str(path), path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(f"{path}: expected a list of images, found none; VOC's layout needs it") from None
+
+
+def _sbd(root: UPath) -> UPath | None:
+    """SBD's folder near VOC's, None if there is none."""
+    places = (base / name for base in (root, root.parent, root.parent.parent) for name in SBD_PLACES)
+    return next((place for place in places if (place / "cls").is_dir()), None)
+
+
+def _listed(folder: UPath) -> list[UPath]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _suffix(name: str) -> str:

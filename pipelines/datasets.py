@@ -1,0 +1,140 @@
+"""The data set of a job under its protocol: opened, its images checked against the stores, what was left out said."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from upath import UPath
+
+from feature_store import FeatureStore
+from fsdino.data.dataset import Dataset, Split, differing_sizes, open_dataset
+from fsdino.data.lists import parse_ids
+from fsdino.data.pairs import of_pairs, read_pairs
+from fsdino.data.photographs import file_stamps, list_photographs, set_name
+from fsdino.data.protocols import ImageClasses, Protocol, protocol_of
+from fsdino.errors import DataError, reachable
+from pipelines import stores
+from pipelines.recipes import Benchmark, Photographs, Places
+
+T = TypeVar("T")
+TOLD = 20
+FOLDERS = ("JPEGImages", "SegmentationClassAug", "images", "masks", "train2014", "val2014", "train2017", "val2017")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What episodes are drawn from."""
+
+    listed: dict[str, ImageClasses]
+    pairs: list[tuple[str, int]] | None
+    left_out: dict[str, int]
+    """Images that the protocol lists and that are missing all the same, by reason."""
+
+
+def dataset_of(places: Places) -> Dataset:
+    """The data set that the settings name, with lists of one's own. Raises UserError as `open_dataset`."""
+    dataset = open_dataset(places.data, places.dataset)
+    dataset.skip_bad = places.skip_bad
+    lists: dict[Split, str | None] = {"train": places.train_list, "val": places.test_list}
+    for split, place in lists.items():
+        if place is not None:
+            path = UPath(place)
+            with reachable(path):
+                try:
+                    dataset.lists[split] = parse_ids(place, path.read_bytes(), FOLDERS, None)
+                except FileNotFoundError:
+                    raise DataError(f"{place}: expected a list of images, found nothing there") from None
+    return dataset
+
+
+def rules_of(benchmark: Benchmark, dataset: Dataset) -> Protocol:
+    """The protocol for a data set, single rules overridden by flags."""
+    rules = protocol_of(benchmark.protocol).of(dataset)
+    given = {
+        name: value
+        for name in ("scored_at", "align_corners", "scores_void")
+        if (value := getattr(benchmark, name)) is not None
+    }
+    return replace(rules, **given)
+
+
+def images_of(
+    dataset: Dataset,
+    rules: Protocol,
+    fold: int,
+    split: Split,
+    pairs: str | None,
+    opened: Sequence[FeatureStore | None],
+) -> Images:
+    """Images that train or test a fold, and that can be used: their labels are of their photographs' sizes, and every
+    store has their features.
+
+    Raises UserError if an image is not in a store, or a label cannot be used; with `--skip-bad` such images are left
+    out instead, and named.
+    """
+    training = split == "train"
+    listed_pairs = None if pairs is None else read_pairs(pairs, dataset, fold, training)
+    if listed_pairs is not None:
+        listed = of_pairs(listed_pairs)
+    else:
+        listed = rules.training_images(dataset, fold) if training else rules.test_images(dataset, fold)
+    usable = stores.without_quarantined(listed, opened)
+    left_out = {"quarantined": len(listed) - len(usable)}
+    if opened and opened[0] is not None:
+        stores.check_images(usable, *opened)
+        wrong = differing_sizes(dataset, split, stores.sizes_of(opened[0], usable))
+        usable = {image_id: classes for image_id, classes in usable.items() if image_id not in wrong}
+    bad = {image_id: reason for image_id, reason in dataset.skipped.items() if image_id in set(dataset.ids(split))}
+    left_out["bad_labels"] = len(bad)
+    for reason in list(bad.values())[:TOLD]:
+        print(f"skipped: {reason}", file=sys.stderr)
+    if len(bad) > TOLD:
+        print(f"skipped: and {len(bad) - TOLD} more images", file=sys.stderr)
+    if dataset.skip_bad:
+        usable = _supported(dataset, usable)
+    if listed_pairs is not None:
+        listed_pairs = [pair for pair in listed_pairs if pair[0] in usable]
+    return Images(usable, listed_pairs, left_out)
+
+
+def _supported(dataset: Dataset, images: Mapping[str, ImageClasses]) -> dict[str, ImageClasses]:
+    """Without classes that a single image is listed for: they have no supports."""
+    counts: dict[int, int] = {}
+    for of_image in images.values():
+        for class_id in of_image.listed:
+            counts[class_id] = counts.get(class_id, 0) + 1
+    kept = {class_id for class_id, count in counts.items() if count > 1}
+    for class_id in sorted(set(counts) - kept):
+        print(f"skipped: class {dataset.class_names[class_id - 1]}: one usable image shows it", file=sys.stderr)
+    cut = {
+        image_id: ImageClasses(
+            tuple(c for c in of_image.listed if c in kept), tuple(c for c in of_image.drawn if c in kept)
+        )
+        for image_id, of_image in images.items()
+    }
+    return {image_id: of_image for image_id, of_image in cut.items() if of_image.listed}
+
+
+def photographs_digest(dataset: Dataset, images: Sequence[str]) -> str:
+    """Eight hex digits of which photographs these are, by what changes when a file does."""
+    stamps = file_stamps([dataset.source(image_id) for image_id in images])
+    return hashlib.sha256(json.dumps(sorted(stamps.items())).encode()).hexdigest()[:8]
+
+
+def photographs_name(photographs: Photographs) -> str:
+    """What a set of plain photographs is called."""
+    assert photographs.images is not None
+    return set_name(photographs.images, photographs.share, photographs.share_seed)
+
+
+def listed(photographs: Photographs, skip_bad: bool) -> dict[str, str]:
+    """Plain photographs by their ids; values are paths or URLs. Archives that are damaged are an error, or named."""
+    assert photographs.images is not None
+    skipped: dict[str, str] | None = {} if skip_bad else None
+    found = list_photographs(photographs.images, photographs.share, photographs.share_seed, skipped)
+    for reason in (skipped or {}).values():
+        print(f"skipped: {reason}", file=sys.stderr)
+    return found
