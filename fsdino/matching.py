@@ -64,7 +64,7 @@ def _whole_clusters(
     candidates: Bool[Tensor, "n"],
 ) -> Bool[Tensor, "n"]:
     """The clusters like the one that the prototype resembles most, weighted by how far they are candidates."""
-    labels = torch.from_numpy(clusters(plain.T.cpu().numpy())).to(plain.device)
+    labels = torch.from_numpy(clusters(plain.T.cpu().numpy())).long().to(plain.device)
     member = F.one_hot(labels).to(plain.dtype)
     size = member.sum(0)
     own, centred = (F.normalize(x @ member, dim=0) for x in (plain, debiased))

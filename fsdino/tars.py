@@ -3,7 +3,7 @@
 import os
 import tarfile
 import threading
-from typing import IO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -54,11 +54,12 @@ _indexes: dict[str, dict[str, Member]] = {}
 _lock = threading.Lock()
 
 
-def _opened(archive: str) -> IO[bytes]:
-    return cast(IO[bytes], fsspec.open(archive, "rb").open() if "://" in archive else open(archive, "rb"))
+def _opened(archive: str) -> Any:
+    """A file that can be read and sought."""
+    return fsspec.open(archive, "rb").open() if "://" in archive else open(archive, "rb")
 
 
-def _index(archive: str, file: IO[bytes], end: int) -> dict[str, Member]:
+def _index(archive: str, file: Any, end: int) -> dict[str, Member]:
     found: dict[str, Member] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -68,19 +68,24 @@ def images_of(
     split: Split,
     pairs: str | None,
     opened: Sequence[FeatureStore | None],
+    held_out: Collection[int] = (),
+    validating: bool = False,
 ) -> Images:
     """Images that train or test a fold, and that can be used: their labels are of their photographs' sizes, and every
     store has their features.
 
-    Raises UserError if an image is not in a store, or a label cannot be used; with `--skip-bad` such images are left
-    out instead, and named.
+    Base classes that are held out do not train; `validating`, they are all there is. Raises UserError if an image is
+    not in a store, or a label cannot be used; with `--skip-bad` such images are left out instead, and named.
     """
     training = split == "train"
     listed_pairs = None if pairs is None else read_pairs(pairs, dataset, fold, training)
     if listed_pairs is not None:
+        listed_pairs = [pair for pair in listed_pairs if (pair[1] in held_out) == validating]
         listed = of_pairs(listed_pairs)
+    elif validating:
+        listed = rules.validation_images(dataset, fold, held_out)
     else:
-        listed = rules.training_images(dataset, fold) if training else rules.test_images(dataset, fold)
+        listed = rules.training_images(dataset, fold, held_out) if training else rules.test_images(dataset, fold)
     usable = stores.without_quarantined(listed, opened)
     left_out = {"quarantined": len(listed) - len(usable)}
     if opened and opened[0] is not None:

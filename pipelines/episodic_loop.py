@@ -6,6 +6,7 @@ from typing import Any
 
 import ray.train.torch
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from fsdino.config import SegmenterConfig, SegmenterShape
 from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import EpisodeSampler
 from fsdino.episodic import EpisodeLoss, segment_batch
+from fsdino.metrics import FewShotScore, count
 from fsdino.segmenter import Segmenter
 from fsdino.state import sam_decoder_state
 from pipelines import checkpoints, panels, tracking, training
@@ -43,6 +45,8 @@ class EpisodicJob:
     label_px: int
     void_is_background: bool
     """Whether a query's void counts as background in the loss."""
+    validation: EpisodeSampler | None
+    """Episodes that choose the best weights."""
     origin: dict[str, Any]
     """What the checkpoint's record says of where it comes from."""
     adapter: dict[str, Tensor]
@@ -93,10 +97,11 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
     run, steps = worker.run, job.steps
 
     first, seconds = 0, 0.0
+    best: dict[str, Any] = {"miou": -1.0, "step": 0, "weights": {}}
     if (state := training.load_state()) is not None:
         segmenter.load_state_dict(state["segmenter"])
         optimiser.load_state_dict(state["optimiser"])
-        first, seconds = state["step"], state["seconds"]
+        first, seconds, best = state["step"], state["seconds"], state["best"]
     clock = training.Stopwatch(seconds)
     losses: dict[str, float] = {}
     indices = training.worker_batches(first, steps, job.episodic.batch, worker.rank, worker.world)
@@ -115,11 +120,20 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             run.log(done, **losses, lr=optimiser.param_groups[0]["lr"])
             if done % 50 == 0:
                 run.flush()
+        if job.validation is not None and (done % job.episodic.validate_every == 0 or done == steps):
+            # Rank 0 decides for all: a difference in rounding must not let ranks resume from different weights.
+            (miou,) = training.from_rank_0(lambda: (validate(segmenter, loader, job, worker),))
+            if run:
+                run.log(done, val_miou=miou)
+            if miou > best["miou"]:
+                weights = {key: value.detach().cpu().clone() for key, value in segmenter.state_dict().items()}
+                best = {"miou": miou, "step": done, "weights": weights}
         if done % worker.checkpoint_every == 0 and done < steps:
             training.check_finite(done, losses, segmenter)
             if run:  # a checkpoint must not be ahead of the curves that lead to it
                 run.checkpoint()
             kept = {"segmenter": segmenter.state_dict(), "optimiser": optimiser.state_dict(), "seconds": clock.total()}
+            kept["best"] = best
             training.save_state(worker.rank, {"step": done, **losses}, step=done, **kept)
     training.check_finite(steps, losses, segmenter)
     if run:
@@ -133,6 +147,10 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         run.log(steps, seconds_per_step=result["seconds_per_step"])
         run.folder(final, "segmenter")
         run.keep("FINISHED")
+        if job.validation is not None:
+            result |= {"best_step": best["step"], "best_val_miou": round(best["miou"], 6)}
+            publish_best(job, best["weights"], result, f"{worker.folder}/best")
+            run.folder(f"{worker.folder}/best", "best")
         with tempfile.TemporaryDirectory() as folder:
             segmenter.save(folder, **job.origin, training=result, commit=tracking.commit())
             checkpoints.publish(folder, final)
@@ -140,6 +158,35 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             run.picture(draw_panel(segmenter, loader, job.sampler, worker.device), "panels/training.png")
         run.flush(at_once=True)
         run.keep()
+
+
+@torch.inference_mode()
+def validate(segmenter: Segmenter, loader: EpisodeLoader, job: EpisodicJob, worker: training.Worker) -> float:
+    """mIoU of the validation episodes, at the side of the loss."""
+    assert job.validation is not None
+    score, batch = FewShotScore(job.validation.by_class), job.episodic.batch
+    wanted = range(job.episodic.validation_episodes)
+    chunks = (wanted[at : at + batch] for at in range(0, len(wanted), batch))
+    segmenter.eval()
+    for episodes in loader.batches(job.validation, chunks):
+        with worker.autocast():
+            logits = segment_batch(segmenter, episodes.to(worker.device)).mask_logits.float()
+        assert episodes.query_labels is not None
+        large = F.interpolate(logits, size=(job.label_px, job.label_px), mode="bilinear", align_corners=False)[:, 0] > 0
+        for mask, label, episode in zip(large.cpu(), episodes.query_labels, episodes.episodes, strict=True):
+            score.add(count(mask.numpy(), label.numpy(), boundary=False), episode.class_id)
+    segmenter.train()
+    return score.result()["miou"]
+
+
+def publish_best(job: EpisodicJob, weights: dict[str, Tensor], result: dict[str, Any], url: str) -> None:
+    """A checkpoint of the best weights, which says what chose them."""
+    best = build_segmenter(job)
+    best.load_state_dict(weights)
+    with tempfile.TemporaryDirectory() as folder:
+        selected = {"on": job.episodic.select_on, "step": result["best_step"], "miou": result["best_val_miou"]}
+        best.save(folder, **job.origin, training=result, selected=selected, commit=tracking.commit())
+        checkpoints.publish(folder, url)
 
 
 @torch.inference_mode()

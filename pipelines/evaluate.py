@@ -227,7 +227,7 @@ def segmenter(settings: Settings, dataset: str) -> Subject:
             query = stores.open_encoded(places, dataset, "early", backbone, backbone.res)
             stores.check_weights(query, fingerprint.weights)
     return Subject(
-        title=model_title(SegmenterConfig(**record["config"]), record["recipe"]),
+        title=model_title(SegmenterConfig(**record["config"]), record["recipe"]) + selection(record),
         plan=MethodPlan("segmenter", url, backbone),
         late=late,
         query=query,
@@ -240,6 +240,11 @@ def segmenter(settings: Settings, dataset: str) -> Subject:
         },
         trained_on=f"{record['dataset']}, fold {record['fold']}",
     )
+
+
+def selection(record: dict[str, Any]) -> str:
+    """What chose a checkpoint's weights, as part of its name; nothing for the last ones of a training."""
+    return f"-best-on-{record['selected']['on']}" if "selected" in record else ""
 
 
 def baseline(settings: Settings, dataset: str) -> Subject:

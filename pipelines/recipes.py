@@ -192,6 +192,15 @@ class Episodic:
     """Mirror cached features and labels at random, for encoders that take a mirrored image to mirrored features."""
     label_px: Side | None = None
     """Side at which the loss is computed; the image's if none."""
+    select_on: Literal["none", "base", "novel"] = "none"
+    """Keep the best weights beside the last: best on base classes that are held out of training, or on the novel test
+    classes, as published results often do, which the result then says."""
+    validation_classes: Few = 3
+    """Base classes that are held out, drawn by the seed."""
+    validate_every: Count = 200
+    """Steps between validations."""
+    validation_episodes: Count = 200
+    """Episodes of a validation."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,18 @@ Cost: the paper trains 100 epochs on one A6000; README has the offline recipe's 
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from feature_store import FeatureStore
 from fsdino.config import SegmenterConfig, SegmenterShape
+from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import EpisodeSampler
+from fsdino.data.protocols import Protocol
+from fsdino.errors import UserError
 from fsdino.weights import weights_digest
 from pipelines import checkpoints, datasets, stores
 from pipelines.checks import Fold, Place, Weights, check_batch
@@ -80,7 +87,10 @@ def job(settings: Settings) -> dict[str, Any]:
     query = early
     if query is None:
         query = stores.open_embedding(places, dataset.name, adapter.digest, backbone, late)
-    images = datasets.images_of(dataset, rules, settings.fold, "train", settings.benchmark.pairs, (late, query))
+    held_out = held_out_classes(settings, dataset)
+    images = datasets.images_of(
+        dataset, rules, settings.fold, "train", settings.benchmark.pairs, (late, query), held_out
+    )
     sampler = EpisodeSampler(
         images.listed,
         shots=episodic.train_shots,
@@ -94,6 +104,7 @@ def job(settings: Settings) -> dict[str, Any]:
         pairs=images.pairs,
         repeats_supports=rules.repeats_supports,
     )
+    validation = validation_sampler(settings, dataset, rules, (late, query), held_out)
     steps = episodic.steps or max(1, episodic.epochs * len(sampler) // episodic.batch)
     shape = SegmenterShape(adapter.in_channels, late.fingerprint.channels, late.fingerprint.grid, adapter.out_channels)
     origin: dict[str, Any] = {
@@ -102,6 +113,7 @@ def job(settings: Settings) -> dict[str, Any]:
         "protocol": rules.name,
         "fold": settings.fold,
         "base_images": len(sampler.images),
+        "held_out_classes": [dataset.class_names[c - 1] for c in held_out],
         "training_list": dataset.list_digest("train"),
         "backbone": asdict(backbone),
         "late": asdict(late.fingerprint),
@@ -115,6 +127,7 @@ def job(settings: Settings) -> dict[str, Any]:
         steps=steps,
         rules=rules,
         images=sampler.digest,
+        validation=validation and validation.digest,
         labels=dataset.labels_digest("train", sampler.images),
         features=[store.content(sampler.images) for store in (late, query)],
         query=query.fingerprint,
@@ -146,6 +159,7 @@ def job(settings: Settings) -> dict[str, Any]:
             steps=steps,
             label_px=episodic.label_px or backbone.res,
             void_is_background=rules.void_in_training == "background",
+            validation=validation,
             origin={**origin, "run": same},
             adapter=adapter_state,
             decoder=decoder_state,
@@ -158,7 +172,52 @@ def job(settings: Settings) -> dict[str, Any]:
         "variant": model.variant,
         "steps": steps,
         **record["training"],
+        **({} if validation is None else {"best": f"{run.url}/best"}),
     }
+
+
+def held_out_classes(settings: Settings, dataset: Dataset) -> list[int]:
+    """Base classes that validate. Raises UserError if no others would be left to train."""
+    if settings.episodic.select_on != "base":
+        return []
+    base, wanted = dataset.folds.base(settings.fold), settings.episodic.validation_classes
+    if wanted >= len(base):
+        raise UserError(f"--validation-classes {wanted}: expected fewer than the {len(base)} base classes")
+    drawn = np.random.default_rng([settings.workers.seed, settings.fold]).choice(base, wanted, replace=False)
+    return sorted(int(class_id) for class_id in drawn)
+
+
+def validation_sampler(
+    settings: Settings,
+    dataset: Dataset,
+    rules: Protocol,
+    opened: Sequence[FeatureStore],
+    held_out: Sequence[int],
+) -> EpisodeSampler | None:
+    """Episodes that choose the best weights: of base classes that are held out, or of the novel ones."""
+    on = settings.episodic.select_on
+    if on == "none":
+        return None
+    images = datasets.images_of(
+        dataset,
+        rules,
+        settings.fold,
+        "train" if on == "base" else "val",
+        settings.benchmark.pairs,
+        opened,
+        held_out,
+        validating=on == "base",
+    )
+    return EpisodeSampler(
+        images.listed,
+        shots=settings.episodic.train_shots,
+        fold=settings.fold,
+        seed=settings.workers.seed,
+        training=False,
+        order=rules.order,
+        pairs=images.pairs,
+        repeats_supports=rules.repeats_supports,
+    )
 
 
 def title(settings: Settings) -> str:

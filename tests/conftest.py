@@ -16,7 +16,8 @@ from tests.servers import aws, environment, s3_server
 install_import_hook(["fsdino", "feature_store"], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
-VOC = Path(os.environ.get("FSDINO_TEST_DATA", ROOT.parent / "shared" / "data")) / "VOCdevkit" / "VOC2012"
+DATA = Path(os.environ.get("FSDINO_TEST_DATA", ROOT.parent / "shared" / "data"))
+VOC = DATA / "VOCdevkit" / "VOC2012"
 
 
 @pytest.fixture

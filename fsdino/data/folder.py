@@ -192,11 +192,16 @@ class InstancesFolder(Folder, LabelledDataset):
 
 
 def _form(root: UPath) -> str | None:
-    """How masks are kept; a JSON counts where there is no folder of masks."""
-    masks = root / "masks"
-    if masks.is_dir():
-        return "classes" if any(path.is_dir() for path in masks.iterdir()) else "numbers"
-    return "json" if _jsons(root) else None
+    """How masks are kept; a JSON counts where there is no folder of masks. With classes.txt folders in masks are
+    classes if they are called so, else parts of ids."""
+    masks, listed = root / "masks", root / "classes.txt"
+    if not masks.is_dir():
+        return "json" if _jsons(root) else None
+    inside = list(masks.iterdir())
+    folders = {path.name for path in inside if path.is_dir()}
+    if listed.exists():
+        return "classes" if folders & set(parse_classes(str(listed), listed.read_bytes())) else "numbers"
+    return "classes" if folders and len(folders) == len(inside) else "numbers"
 
 
 def _jsons(root: UPath) -> list[UPath]:

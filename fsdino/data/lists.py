@@ -121,7 +121,7 @@ def _paired(place: str, lines: list[Line], folders: Sequence[str], labels: str |
         if not _image_path(image) or len(label) > 1:
             raise DataError(f"{place}: line {number}: expected an image's path and a label's, as above, got {line!r}")
         image_id = _stem(image, folders)
-        if label and labels is not None and label[0].split("/")[-2:-1] not in ([], [labels]):
+        if label and labels is not None and "/" in label[0] and labels not in label[0].split("/")[:-1]:
             raise DataError(
                 f"{place}: line {number}: expected a label in {labels}, which is what is read, got {label[0]}"
             )

@@ -3,6 +3,7 @@
 Numbers under different protocols differ by points, so every result names its own and its switches.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -63,12 +64,22 @@ class Protocol:
         changes: dict[str, Any] = ON_COCO.get(self.name, {}) if dataset.name.startswith("coco-20i") else {}
         return replace(self, **changes)
 
-    def training_images(self, dataset: Dataset, fold: int) -> dict[str, ImageClasses]:
-        """Images that may train the fold, with their base classes, in the list's order."""
-        novel, pixels = set(dataset.novel(fold)), dataset.class_pixels("train")
-        dropped = {i for i, counts in pixels.items() if self.drops_novel and novel & counts.keys()}
-        listed = self._images(dataset, "train", set(dataset.folds.base(fold)))
-        return {image_id: classes for image_id, classes in listed.items() if image_id not in dropped}
+    def training_images(self, dataset: Dataset, fold: int, held_out: Collection[int] = ()) -> dict[str, ImageClasses]:
+        """Images that may train the fold, with their base classes, in the list's order. Base classes that are held out
+        for validation count as novel ones."""
+        unseen = {*dataset.novel(fold), *held_out}
+        return self._without(dataset, unseen, set(dataset.folds.base(fold)) - unseen)
+
+    def validation_images(self, dataset: Dataset, fold: int, held_out: Collection[int]) -> dict[str, ImageClasses]:
+        """Training images that show base classes that are held out, and no novel one."""
+        return self._without(dataset, set(dataset.novel(fold)), set(held_out))
+
+    def _without(self, dataset: Dataset, unseen: set[int], classes: set[int]) -> dict[str, ImageClasses]:
+        """Training images of classes; those with a pixel of unseen ones are dropped, if the protocol does."""
+        pixels = dataset.class_pixels("train")
+        dropped = {i for i, counts in pixels.items() if self.drops_novel and unseen & counts.keys()}
+        listed = self._images(dataset, "train", classes)
+        return {image_id: of_image for image_id, of_image in listed.items() if image_id not in dropped}
 
     def test_images(self, dataset: Dataset, fold: int) -> dict[str, ImageClasses]:
         """Images that test the fold, with their novel classes, in the list's order."""
