@@ -13,6 +13,11 @@ def stored_channels(channels: int, dtype: str) -> int:
     return channels + 2 * groups(channels) if dtype == "int8" else channels
 
 
+def sample_bytes(grid: int, channels: int, dtype: str) -> int:
+    """Bytes of one stored sample, without checksum."""
+    return grid * grid * stored_channels(channels, dtype) * np.dtype(dtype).itemsize
+
+
 def groups(channels: int) -> int:
     """Groups of 64 channels; the last may be part full."""
     return -(-channels // GROUP)

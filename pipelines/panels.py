@@ -1,7 +1,7 @@
 """Picture panels: rows of equal squares with a caption over each column."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fsdino.segmenter import Prediction
 
 CELL_PX = 224
+EPISODE_COLUMNS = ("support", "support mask", "query", "truth", "prior", "prediction")
 GAP_PX = 4
 CAPTION_PX = 18
 POINTS = ((0.3, 0.3), (0.5, 0.5), (0.7, 0.6))  # where similarity is shown: shares of width and height
@@ -95,6 +96,22 @@ def panel(columns: Sequence[str], rows: Sequence[Sequence[Image.Image | None]]) 
     return canvas
 
 
+def beside(pictures: Mapping[str, Image.Image]) -> Image.Image:
+    """Panels of the same episodes by several methods as one: support, truth, and each method's prediction."""
+    step = CELL_PX + GAP_PX
+    first = next(iter(pictures.values()))
+    count = (first.height - CAPTION_PX - GAP_PX) // step
+
+    def cells(picture: Image.Image, caption: str) -> list[Image.Image]:
+        x = EPISODE_COLUMNS.index(caption) * step + GAP_PX
+        tops = (y * step + GAP_PX + CAPTION_PX for y in range(count))
+        return [picture.crop((x, top, x + CELL_PX, top + CELL_PX)) for top in tops]
+
+    columns = [cells(first, "support mask"), cells(first, "truth")]
+    columns += [cells(picture, "prediction") for picture in pictures.values()]
+    return panel(("support", "truth", *pictures), list(zip(*columns, strict=True)))
+
+
 def embeddings(images: Sequence[Image.Image], teacher: np.ndarray, student: np.ndarray) -> Image.Image:
     """Images with teacher and student embeddings (n, g, g, e) in the colours of one PCA of the teacher's, and with
     the self-similarity of both at a few points (Fig. 2)."""
@@ -135,7 +152,7 @@ def episodes(dataset: Dataset, view_seed: int, drawn: Sequence[Episode], predict
         logits = predicted.mask_logits[i, 0].float().cpu().numpy()
         cells = [support, overlay(support, mask), query, overlay(query, truth)]
         rows.append([*cells, None if prior is None else heat(prior), overlay(query, logits)])
-    return panel(("support", "support mask", "query", "truth", "prior", "prediction"), rows)
+    return panel(EPISODE_COLUMNS, rows)
 
 
 def _seen(dataset: Dataset, view_seed: int, image_id: str, view: int, class_id: int) -> tuple[Image.Image, np.ndarray]:

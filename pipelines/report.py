@@ -1,61 +1,98 @@
-"""A table of the evaluations that MLflow holds: runs in, Markdown out.
+"""Every evaluation that MLflow holds, beside the published ones: one Markdown and one HTML page.
 
-    python -m pipelines.report --dataset pascal-5i
+    python -m pipelines.report --out outputs/report
 
-A row holds runs that differ in nothing but fold and checkpoint: one recipe, encoder, resolution, model, protocol, list
-and seed. What differs otherwise has a row of its own, which says in what.
+The paper's Tables 1 to 4 with the runs found, bar charts with the deviation over seeds, and a grid of predictions. A
+row holds runs that differ in nothing but fold, seed and checkpoint; what differs otherwise has a row of its own, which
+says in what. Cells that no run fills are shown as missing; `reproduce --table` runs what they lack.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fsdino.errors import UserError
-from pipelines.checks import Count, Few, Seed, TrackingUri
+from pipelines.checks import Folder, TrackingUri
 from pipelines.cli import main
+from pipelines.tables import Method
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Print mIoU and FB-IoU of every method on every fold; the mean where all are there."""
+    """Write a report of all evaluations."""
 
     tracking_uri: TrackingUri = "sqlite:///outputs/mlflow.db"
     """MLflow: sqlite:///FILE or the http address of a server."""
-    dataset: str = "pascal-5i"
-    """Name of the data set."""
-    shots: Few = 1
-    """Supports per episode."""
-    episodes: Count = 1000
-    """Number of test episodes."""
-    test_seed: Seed = 0
-    """Seed of the test episodes."""
+    out: Folder = "outputs/report"
+    """Folder for report.md and report.html."""
+    dataset: str | None = None
+    """Evaluations of this data set alone."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Evaluations that are comparable: one data set, protocol, number of shots and episodes."""
+
+    dataset: str
+    protocol: str
+    shots: str
+    fusion: str
+    episodes: str
+    absent: bool
+    methods: dict[str, Method]
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        vote = ", by vote" if self.fusion == "vote" else ""
+        return f"{self.dataset}, {self.protocol}, {self.shots}-shot{vote}, {self.episodes} episodes"
 
 
 def job(settings: Settings) -> dict[str, Any]:
-    """Gather, then print the table before the JSON line."""
-    methods: dict[str, Any] = {}
-    file = Path(settings.tracking_uri.removeprefix("sqlite:///"))
-    if file.exists() or not settings.tracking_uri.startswith("sqlite:///"):
-        from pipelines import tables
+    """Gather, write both pages, print the Markdown before the JSON line."""
+    groups = gathered(settings)
+    if not groups:
+        of = f" of {settings.dataset}" if settings.dataset else ""
+        raise UserError(f"{settings.tracking_uri}: expected evaluations{of}, found none; run evaluate first")
+    from pipelines import report_pages
 
-        methods = tables.gather(
-            settings.tracking_uri,
-            dataset=settings.dataset,
-            shots=settings.shots,
-            episodes=settings.episodes,
-            test_seed=settings.test_seed,
-        )
-    if not methods:
-        raise UserError(
-            f"{settings.tracking_uri}: expected evaluations of {settings.dataset}, {settings.shots}-shot, "
-            f"{settings.episodes} episodes of seed {settings.test_seed}, found none; run evaluate first"
-        )
-    print(tables.markdown(f"{settings.dataset}, {settings.shots}-shot", methods))
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = report_pages.markdown(groups)
+    (folder / "report.md").write_text(text)
+    (folder / "report.html").write_text(report_pages.html(groups, settings.tracking_uri))
+    print(text)
     return {
-        "dataset": settings.dataset,
-        "shots": settings.shots,
-        "methods": {name: method.folds for name, method in methods.items()},
+        "markdown": str(folder / "report.md"),
+        "html": str(folder / "report.html"),
+        "methods": {group.title: shown(group.methods) for group in groups if not group.absent},
+        "absent": {group.title: shown(group.methods) for group in groups if group.absent},
     }
+
+
+def gathered(settings: Settings) -> list[Group]:
+    """All evaluations, those together that are comparable."""
+    file = Path(settings.tracking_uri.removeprefix("sqlite:///"))
+    if settings.tracking_uri.startswith("sqlite:///") and not file.exists():
+        return []
+    from pipelines import tables
+
+    asked = {} if settings.dataset is None else {"dataset": settings.dataset}
+    found: dict[tuple[str, str, str, str, str, str], dict[str, Method]] = {}
+    for name, method in tables.gather(settings.tracking_uri, **asked).items():
+        of = method.identity
+        key = (of["dataset"], of["rules.name"], of["shots"], of["fusion"], of["episodes"], of["absent"])
+        found.setdefault(key, {})[name] = method
+    return [
+        Group(dataset, protocol, shots, fusion, episodes, absent == "True", tables.named(list(methods.values())))
+        for (dataset, protocol, shots, fusion, episodes, absent), methods in sorted(found.items())
+    ]
+
+
+def shown(methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Scores of each method by fold and seed, as JSON."""
+    return {name: method.folds for name, method in methods.items()}
 
 
 if __name__ == "__main__":

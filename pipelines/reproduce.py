@@ -1,6 +1,8 @@
 """A whole study with one command: features, distillation, training and scores of every fold, and the table.
 
     python -m pipelines.reproduce --recipe offline --folds 0 1 2 3 --shots 1 5 --variants compact 4d
+    python -m pipelines.reproduce --table 2 --data COCO             # all that a table of the paper still lacks
+    python -m pipelines.reproduce --table 3 --data COCO --fss FSS-1000 --davis DAVIS
 
 Runs what is not done yet, in order, in one process on one Ray; killed, the same command resumes. The log of all steps
 is `reproduce.log` beside the runs.
@@ -21,6 +23,7 @@ from pipelines.sequence import Study as Settings
 
 def job(settings: Settings) -> dict[str, Any]:
     """Check what can be checked, run the steps, then print a table for each number of shots."""
+    settings = sequence.asked(settings)
     dataset = datasets.dataset_of(settings.places)
     for fold in settings.folds:
         dataset.novel(fold)
@@ -35,12 +38,25 @@ def job(settings: Settings) -> dict[str, Any]:
     for shots in settings.shots:
         methods: dict[str, tables.Method] = {}
         for result in results.values():
-            if "miou" in result and result["shots"] == shots:
-                method = methods.setdefault(result["variant"], tables.Method({}, {}))
-                method.folds[str(result["fold"])] = {key: round(result[key], 6) for key in ("miou", "fb_iou")}
-        print(tables.markdown(f"{dataset.name}, {shots}-shot", methods, len(dataset.folds)) + "\n")
+            if "miou" in result and result["shots"] == shots and result["dataset"] == dataset.name:
+                method = methods.setdefault(result["variant"], tables.Method({}))
+                method.folds[str(result["fold"])] = {
+                    str(of["seed"]): {key: round(of[key], 6) for key in ("miou", "fb_iou")}
+                    for of in result.get("seeds", [result])
+                }
+        if not methods:
+            continue
+        table = tables.scores(f"{dataset.name}, {shots}-shot", methods, len(dataset.folds))
+        print(tables.markdown(table) + "\n")
         scores[f"{shots}-shot"] = {name: method.folds for name, method in methods.items()}
-    return {"dataset": dataset.name, "scores": scores}
+    transfer = {
+        title: {key: result[key] for key in ("miou", "fb_iou", "j", "f", "j_and_f") if key in result}
+        for title, result in results.items()
+        if result.get("dataset") not in (None, dataset.name)
+    }
+    for title, found in transfer.items():
+        print(f"{title}: {', '.join(f'{key} {100 * value:.1f}' for key, value in found.items())}")
+    return {"dataset": dataset.name, "scores": scores, "transfer": transfer}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
-from pipelines.checks import Few, Fold
+from fsdino.config import SegmenterConfig
+from fsdino.errors import UserError
+from pipelines.checks import Few, Fold, Place
 from pipelines.recipes import Photographs, Recipe, RecipeName
 
 Method = Literal["prototype", "two-prototype", "nearest", "matching", "peak"]
@@ -34,6 +36,13 @@ class Study(Recipe):
     """Models to train in each fold."""
     methods: tuple[Method, ...] = ("prototype", "two-prototype", "nearest")
     """Baselines without training to score beside them."""
+    table: Literal[1, 2, 3, 4] | None = None
+    """Run what a table of the paper needs, whatever the flags above say: 1 and 2, all folds, 1- and 5-shot; 3, the
+    models on FSS-1000 and DAVIS-17; 4, the parts of the method on all folds."""
+    fss: Place | None = None
+    """FSS-1000, for table 3."""
+    davis: Place | None = None
+    """DAVIS-17, for table 3."""
 
 
 Results = dict[str, dict[str, Any]]
@@ -71,15 +80,55 @@ def plan(study: Study) -> list[Step]:
     if adapter != "joint":
         steps.append(Step("bake embeddings", "bake_embeddings", distilled))
     for fold in study.folds:
-        for method in study.methods:
+        for method in study.methods if study.table != 3 else ():
             steps += [_score(method, fold, shots, {"method": method}) for shots in study.shots]
-        for variant in study.variants:
-            model = replace(study.model, variant=variant)
+        for name, model in models_of(study).items():
             train = Step(
-                f"train {variant}, fold {fold}", "train_episodic", _with(distilled, {"fold": fold, "model": model})
+                f"train {name}, fold {fold}", "train_episodic", _with(distilled, {"fold": fold, "model": model})
             )
             steps.append(train)
-            steps += [_score(variant, fold, shots, {"model": model}, train.title) for shots in study.shots]
+            if study.table == 3:
+                steps += _transfer(study, name, fold, {"model": model}, train.title)
+            else:
+                steps += [_score(name, fold, shots, {"model": model}, train.title) for shots in study.shots]
+    for method in study.methods if study.table == 3 else ():
+        steps += _transfer(study, method, 0, {"method": method})
+    return steps
+
+
+def asked(study: Study) -> Study:
+    """The study with what its table needs."""
+    folds = tuple(range(4))
+    if study.table in (1, 2):
+        return replace(study, folds=folds, shots=(1, 5), variants=("compact", "4d"))
+    if study.table == 3:
+        if study.fss is None and study.davis is None:
+            raise UserError("--table 3: expected the folder of FSS-1000 (--fss), of DAVIS-17 (--davis), or both")
+        return replace(study, shots=(1,))
+    if study.table == 4:
+        return replace(study, folds=folds, shots=(1,), variants=("compact", "4d"), methods=())
+    return study
+
+
+def models_of(study: Study) -> dict[str, SegmenterConfig]:
+    """The models to train, by what steps call them: the variants, and for table 4 what lacks a part."""
+    models: dict[str, SegmenterConfig] = {v: replace(study.model, variant=v) for v in study.variants}
+    if study.table == 4:
+        bare = replace(study.model, variant="compact", semantic_prompt=False)
+        undistilled = replace(study.model, variant="4d", adapter="joint")
+        models |= {"compact without semantic prompt": bare, "4d without distillation": undistilled}
+    return models
+
+
+def _transfer(study: Study, name: str, fold: int, own: dict[str, Any], trained: str | None = None) -> list[Step]:
+    """Scores on the data sets of table 3, features straight from their images."""
+    steps = []
+    for label, place in (("FSS-1000", study.fss), ("DAVIS-17", study.davis)):
+        if place is not None:
+            places = replace(study.places, data=place, dataset=None, train_list=None, test_list=None)
+            testing = replace(study.testing, seeds=1, episodes=None) if label == "DAVIS-17" else study.testing
+            here = {**own, "places": places, "testing": testing, "from_images": True}
+            steps.append(_score(name, 0, 1, here, trained, f"score {name}, trained on fold {fold}, on {label}"))
     return steps
 
 
@@ -119,12 +168,14 @@ def _with(also: Callable[[Results], dict[str, Any]], own: dict[str, Any]) -> Cal
     return lambda results: {**own, **also(results)}
 
 
-def _score(name: str, fold: int, shots: int, own: dict[str, Any], trained: str | None = None) -> Step:
+def _score(
+    name: str, fold: int, shots: int, own: dict[str, Any], trained: str | None = None, title: str | None = None
+) -> Step:
     def settings(results: Results) -> dict[str, Any]:
         checkpoint = {"checkpoint": results[trained]["checkpoint"]} if trained else {}
         return {"fold": fold, "shots": shots, **own, **checkpoint}
 
-    return Step(score_title(name, fold, shots), "evaluate", settings)
+    return Step(title or score_title(name, fold, shots), "evaluate", settings)
 
 
 def score_title(name: str, fold: int, shots: int) -> str:

@@ -1,40 +1,64 @@
-"""Tables of evaluations: a row holds runs that differ in nothing but fold and checkpoint."""
+"""Tables of evaluations: a row holds runs that differ in nothing but fold, test seed and checkpoint."""
 
+import math
+import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-OF_A_FOLD = ("fold", "images", "checkpoint", "trained.fold", "trained.images", "trained.base_images")
+from pipelines.published import BENCHMARKS, ROWS, Published
+
+OF_A_FOLD = (
+    "fold",
+    "images",
+    "labels",
+    "features",
+    "checkpoint",
+    "test_seed",
+    "trained.fold",
+    "trained.images",
+    "trained.labels",
+    "trained.features",
+    "trained.base_images",
+    "trained.held_out_classes",
+    "trained.validation",
+)
 """What may differ within a row."""
 MOST_NAMED = 3  # differences in a row's name
+MISSING = "-"
+
+Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Method:
-    """Evaluations of one identity: fold to scores."""
+    """Evaluations of one identity: scores by fold and test seed."""
 
     identity: dict[str, str]
-    folds: dict[str, dict[str, float]]
+    folds: dict[str, dict[str, Scores]] = field(default_factory=dict)
     checkpoints: dict[str, str] = field(default_factory=dict)
     """Fold to the checkpoint that is shown."""
+    runs: dict[str, str] = field(default_factory=dict)
+    """Fold to a run in MLflow."""
 
-    def mean(self, key: str) -> float:
-        """Over folds."""
-        return sum(scores[key] for scores in self.folds.values()) / len(self.folds)
+    def cell(self, fold: str, measure: str) -> tuple[float, float | None]:
+        """Mean and standard deviation over the seeds of a fold."""
+        return over([scores[measure] for scores in self.folds[fold].values()])
+
+    def mean(self, measure: str) -> tuple[float, float | None]:
+        """Mean over folds; the deviation is that of the seeds' own means over folds, if all folds have the seeds."""
+        seeds = [set(of_fold) for of_fold in self.folds.values()]
+        shared = sorted(set.intersection(*seeds)) if seeds else []
+        mean = statistics.fmean(self.cell(fold, measure)[0] for fold in self.folds)
+        if any(of_fold != set(shared) for of_fold in seeds):
+            return mean, None
+        return over([statistics.fmean(of_fold[seed][measure] for of_fold in self.folds.values()) for seed in shared])
 
 
-def markdown(title: str, methods: Mapping[str, Method], num_folds: int = 4) -> str:
-    """mIoU (FB-IoU) in percent, methods by rising mean; the mean where every fold is there."""
-    folds = [str(fold) for fold in range(num_folds)]
-    lines = [f"| {title}, mIoU (FB-IoU) | {' | '.join(f'fold {fold}' for fold in folds)} | mean |"]
-    lines.append("|---" * (len(folds) + 2) + "|")
-    for name, method in sorted(methods.items(), key=lambda entry: entry[1].mean("miou")):
-        cells = [_cell(**method.folds[f]) if f in method.folds else "-" for f in folds]
-        whole = len(method.folds) == len(folds)
-        cells.append(_cell(method.mean("miou"), method.mean("fb_iou")) if whole else "-")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def over(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation; no deviation of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def gather(tracking_uri: str, **asked: Any) -> dict[str, Method]:
@@ -45,20 +69,22 @@ def gather(tracking_uri: str, **asked: Any) -> dict[str, Method]:
     methods: dict[tuple[tuple[str, str], ...], Method] = {}
     earlier = 0
     for run in tracking.runs(tracking_uri, "evaluate"):  # newest first
-        params = run["params"]
-        if "rules.name" not in params:
+        params, metrics = run["params"], run["metrics"]
+        if "rules.name" not in params or "absent" not in params:
             earlier += 1
             continue
-        if any(params[key] != str(value) for key, value in asked.items()):
+        if any(params.get(key) != str(value) for key, value in asked.items()):
             continue
         identity = {key: value for key, value in sorted(params.items()) if key not in OF_A_FOLD}
-        method = methods.setdefault(tuple(identity.items()), Method(identity, {}))
-        fold = params["fold"]
-        if fold not in method.folds:
-            method.folds[fold] = {key: round(run["metrics"][key], 6) for key in ("miou", "fb_iou")}
-            method.checkpoints[fold] = params["checkpoint"]
-        elif method.checkpoints[fold] != params["checkpoint"]:
+        method = methods.setdefault(tuple(identity.items()), Method(identity))
+        transferred = params.get("trained.dataset", "None") not in ("None", params["dataset"])
+        fold, seed = params["trained.fold" if transferred else "fold"], params["test_seed"]
+        checkpoint = method.checkpoints.setdefault(fold, params["checkpoint"])
+        if checkpoint != params["checkpoint"]:
             print(f"{params['method']}, fold {fold}: several checkpoints; the newest is shown", file=sys.stderr)
+            continue
+        method.runs.setdefault(fold, run["run_id"])
+        method.folds.setdefault(fold, {}).setdefault(seed, {key: round(value, 6) for key, value in metrics.items()})
     if earlier:
         print(f"{earlier} evaluations of an earlier release are left out; rerun evaluate", file=sys.stderr)
     return named(list(methods.values()))
@@ -81,5 +107,139 @@ def named(methods: list[Method]) -> dict[str, Method]:
     return names
 
 
-def _cell(miou: float, fb_iou: float) -> str:
-    return f"{100 * miou:.1f} ({100 * fb_iou:.1f})"
+Table = list[list[str]]
+"""Rows of cells; the first is the header."""
+
+
+def markdown(table: Table) -> str:
+    """A table in Markdown."""
+    head, *rows = (f"| {' | '.join(row)} |" for row in table)
+    return "\n".join([head, "|---" * len(table[0]) + "|", *rows])
+
+
+def scores(title: str, methods: Mapping[str, Method], num_folds: int = 4) -> Table:
+    """mIoU (FB-IoU) in percent of each fold, with deviations over seeds, methods by rising mean; the mean where every
+    fold is there."""
+    folds = [str(fold) for fold in range(num_folds)]
+    table = [[f"{title}, mIoU (FB-IoU)", *(f"fold {fold}" for fold in folds), "mean"]]
+    for name, method in sorted(methods.items(), key=lambda entry: entry[1].mean("miou")[0]):
+        cells = [
+            _pair(method.cell(fold, "miou"), method.cell(fold, "fb_iou")) if fold in method.folds else MISSING
+            for fold in folds
+        ]
+        whole = set(folds) <= set(method.folds)
+        table.append([name, *cells, _pair(method.mean("miou"), method.mean("fb_iou")) if whole else MISSING])
+    return table
+
+
+def absent(title: str, methods: Mapping[str, Method], num_folds: int = 4) -> Table:
+    """Share of rightly empty masks, in percent."""
+    folds = [str(fold) for fold in range(num_folds)]
+    table = [[f"{title}, rightly empty masks", *(f"fold {fold}" for fold in folds), "mean"]]
+    for name, method in sorted(methods.items(), key=lambda entry: entry[1].mean("empty")[0]):
+        cells = [percent(method.cell(fold, "empty")) if fold in method.folds else MISSING for fold in folds]
+        table.append([name, *cells, percent(method.mean("empty")) if set(folds) <= set(method.folds) else MISSING])
+    return table
+
+
+def folds_table(number: int, one: Mapping[str, Method], five: Mapping[str, Method], protocol: str) -> Table:
+    """Table 1 or 2: published rows, then ours, whose missing cells are shown as missing."""
+    head = [f"{k}-shot, {of}" for k in (1, 5) for of in ("fold 0", "fold 1", "fold 2", "fold 3", "mean")]
+    table = [["method", "encoder", "protocol", *head, "source"]]
+    for row in _published(number):
+        cells = [*_published_folds(row.one), *_published_folds(row.five)]
+        table.append([row.method, row.encoder, "its own", *cells, _source(row)])
+    for name in dict.fromkeys([*one, *five]):
+        of = [shots.get(name) for shots in (one, five)]
+        cells = [cell for method in of for cell in _our_folds(method)]
+        table.append([f"**{name}**", _encoder(next(filter(None, of))), protocol, *cells, "this report"])
+    return table
+
+
+def transfer_table(fss: Mapping[str, Method], davis: Mapping[str, Method]) -> Table:
+    """Table 3: models of COCO-20i (or of what ours were trained on) on FSS-1000 and DAVIS-17."""
+    table = [["method", "encoder", "trained on", "FSS-1000, mIoU", "DAVIS-17, J&F", "source"]]
+    for row in _published(3):
+        table.append([row.method, row.encoder, "its own", *(_plain(value) for value in row.one), _source(row)])
+    for name in dict.fromkeys([*fss, *davis]):
+        of = [fss.get(name), davis.get(name)]
+        cells = [
+            MISSING if method is None else percent(method.mean(measure))
+            for method, measure in zip(of, ("miou", "j_and_f"), strict=True)
+        ]
+        known = next(filter(None, of))
+        trained = known.identity.get("trained.dataset", MISSING)
+        table.append([f"**{name}**", _encoder(known), trained, *cells, "this report"])
+    return table
+
+
+def ablation_table(methods: Mapping[str, Method], dataset: str) -> Table:
+    """Table 4: the parts of the method, mean over folds."""
+    table = [["model", "data set", "mIoU", "FB-IoU", "source"]]
+    for row in _published(4):
+        table.append([row.method, "COCO-20i", *(_plain(value) for value in row.one), _source(row)])
+    for name, method in sorted(methods.items(), key=lambda entry: entry[1].mean("miou")[0]):
+        if method.identity.get("trained.fold") != "None" and "model.variant" in method.identity:
+            means = [percent(method.mean(measure)) for measure in ("miou", "fb_iou")]
+            folds = "" if len(method.folds) == 4 else f", folds {' '.join(sorted(method.folds))}"
+            table.append([f"**{parts(name, method)}**{folds}", dataset, *means, "this report"])
+    return table
+
+
+def parts(name: str, method: Method) -> str:
+    """A model by the paper's names of its parts."""
+    of = method.identity
+    words = ["BA" if of.get("model.adapter") == "distilled" else f"{of.get('model.adapter')} adapter"]
+    words += ["SVP"] if of.get("model.semantic_prompt") == "True" else []
+    words += ["PCS"] + (["4D"] if of.get("model.variant") == "4d" else [])
+    return f"{'+'.join(words)} ({name})"
+
+
+def percent(value: tuple[float, float | None]) -> str:
+    """A share as per cent, with its deviation."""
+    mean, deviation = value
+    return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def notes(numbers: Iterable[int]) -> list[str]:
+    """What is to be said of published rows."""
+    told = [row for row in ROWS if row.table in numbers and row.note]
+    return [f"Table {row.table}, {row.method}: {row.note}" for row in told]
+
+
+def title_of(number: int) -> str:
+    """A table of the paper, by what it is on."""
+    return f"Table {number}: {BENCHMARKS[number]}"
+
+
+def _published(number: int) -> list[Published]:
+    return [row for row in ROWS if row.table == number]
+
+
+def _published_folds(values: Sequence[float]) -> list[str]:
+    """Four folds and the mean, from as many as are known."""
+    padded = [math.nan] * (5 - len(values)) + list(values)
+    return [_plain(value) for value in padded]
+
+
+def _our_folds(method: Method | None) -> list[str]:
+    if method is None:
+        return [MISSING] * 5
+    cells = [percent(method.cell(f, "miou")) if f in method.folds else MISSING for f in map(str, range(4))]
+    return [*cells, percent(method.mean("miou")) if len(method.folds) == 4 else MISSING]
+
+
+def _plain(value: float) -> str:
+    return MISSING if math.isnan(value) else f"{value:.1f}"
+
+
+def _source(row: Published) -> str:
+    return row.source if row.checked else f"{row.source} (quoted)"
+
+
+def _encoder(method: Method | None) -> str:
+    return MISSING if method is None else f"{method.identity.get('late.model')}@{method.identity.get('late.res_px')}"
+
+
+def _pair(one: tuple[float, float | None], other: tuple[float, float | None]) -> str:
+    return f"{percent(one)} ({100 * other[0]:.1f})"

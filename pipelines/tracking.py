@@ -256,8 +256,8 @@ _clients: dict[str, MlflowClient] = {}
 _clients_lock = threading.Lock()
 
 
-def runs(tracking_uri: str, experiment: str) -> list[dict[str, dict]]:
-    """Finished runs of an experiment, newest first: `params`, `metrics` (last values) and `tags` of each."""
+def runs(tracking_uri: str, experiment: str) -> list[dict[str, Any]]:
+    """Finished runs of an experiment, newest first: `run_id`, `params`, `metrics` (last values) and `tags` of each."""
     server = client(tracking_uri)
     with _answering(tracking_uri):
         known = server.get_experiment_by_name(experiment)
@@ -269,7 +269,21 @@ def runs(tracking_uri: str, experiment: str) -> list[dict[str, dict]]:
         with _answering(tracking_uri):
             page = server.search_runs([known.experiment_id], "status = 'FINISHED'", max_results=1000, page_token=token)
         listed, token = [*listed, *page], page.token or None
-    return [{"params": r.data.params, "metrics": r.data.metrics, "tags": r.data.tags} for r in listed]
+    return [
+        {"run_id": r.info.run_id, "params": r.data.params, "metrics": r.data.metrics, "tags": r.data.tags}
+        for r in listed
+    ]
+
+
+def picture_of(tracking_uri: str, run_id: str, name: str) -> Image.Image:
+    """A picture that a run logged. Raises Fault if it cannot be had."""
+    with _answering(tracking_uri), tempfile.TemporaryDirectory() as folder:
+        try:
+            path = client(tracking_uri).download_artifacts(run_id, name, folder)
+        except OSError as error:
+            raise Fault(f"run {run_id}: {name} cannot be read: {first_line(error)}") from None
+        with Image.open(path) as image:
+            return image.convert("RGB")
 
 
 def absolute_uri(tracking_uri: str) -> str:

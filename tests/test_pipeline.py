@@ -321,18 +321,21 @@ def test_an_error_in_a_worker_reaches_the_user_as_it_was_raised(whole_run, place
         run("train_episodic", *flags(damaged), "--fold", FOLD, *these)
 
 
-def test_a_report_holds_every_method(whole_run, places, capsys):
-    result = run("report", *flags(places, "--tracking-uri"), "--dataset", "shapes", "--episodes", 20)
+def test_a_report_holds_every_method(whole_run, places, capsys, tmp_path):
+    result = run("report", *flags(places, "--tracking-uri"), "--dataset", "shapes", "--out", tmp_path / "report")
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert set(rows[1:]) >= {"prototype", "nearest", "compact", "4d"}
-    assert result["methods"]["4d"][str(FOLD)]["miou"] == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)
+    assert set(rows) >= {"prototype", "nearest", "compact", "4d", "FS-DINO", "GF-SAM"}
+    found = result["methods"]["shapes, hdmnet, 1-shot, 20 episodes"]
+    assert found["4d"][str(FOLD)]["0"]["miou"] == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)
+    page = Path(result["html"]).read_text()
+    assert "<svg" in page and "data:image/jpeg;base64," in page and "Table 3: FSS-1000 and DAVIS-17" in page
 
 
 def test_a_study_skips_what_is_done_and_ends_with_its_table(whole_run, places, capsys):
     arguments = [*flags(places), "--folds", FOLD, "--shots", 1, "--methods", "prototype", "--variants", "compact", "4d"]
     two = ["--workers", 1]
     result = run("reproduce", *arguments, *two)
-    scores = {name: folds[str(FOLD)]["miou"] for name, folds in result["scores"]["1-shot"].items()}
+    scores = {name: folds[str(FOLD)]["0"]["miou"] for name, folds in result["scores"]["1-shot"].items()}
     for method in ("prototype", "compact", "4d"):
         assert scores[method] == pytest.approx(whole_run[f"score {method}"]["miou"], abs=1e-6)
     captured = capsys.readouterr()

@@ -3,11 +3,14 @@
 import pytest
 
 from fsdino.errors import UserError
-from pipelines import report, tables, tracking
+from pipelines import report, report_pages, tables, tracking
+from pipelines.published import ROWS
 
 IDENTITY = {
     "dataset": "set",
     "shots": 1,
+    "fusion": "None",
+    "absent": "False",
     "episodes": 10,
     "test_seed": 0,
     "rules.name": "hdmnet",
@@ -33,18 +36,16 @@ def log(uri, fold, miou, **changes):
 
 
 def gather(uri):
-    methods = tables.gather(uri, dataset="set", shots=1, episodes=10, test_seed=0)
-    return {name: {f: s["miou"] for f, s in method.folds.items()} for name, method in methods.items()}
+    methods = tables.gather(uri, dataset="set", shots=1, episodes=10)
+    return {name: {f: method.cell(f, "miou")[0] for f in method.folds} for name, method in methods.items()}
 
 
 def test_folds_of_one_identity_share_a_row_and_its_mean(uri):
     for fold in range(4):
         log(uri, fold, 0.1 * fold)
-    methods = tables.gather(uri, dataset="set", shots=1, episodes=10, test_seed=0)
-    assert {f: s["miou"] for f, s in methods["4d"].folds.items()} == pytest.approx(
-        {"0": 0, "1": 0.1, "2": 0.2, "3": 0.3}
-    )
-    assert tables.markdown("set, 1-shot", methods).splitlines()[-1] == (
+    assert gather(uri)["4d"] == pytest.approx({"0": 0, "1": 0.1, "2": 0.2, "3": 0.3})
+    methods = tables.gather(uri, dataset="set")
+    assert tables.markdown(tables.scores("set, 1-shot", methods)).splitlines()[-1] == (
         "| 4d | 0.0 (20.0) | 10.0 (30.0) | 20.0 (40.0) | 30.0 (50.0) | 15.0 (35.0) |"
     )
 
@@ -74,5 +75,40 @@ def test_of_two_checkpoints_of_a_fold_the_newest_is_shown_and_that_is_said(uri, 
 
 def test_a_report_on_nothing_is_a_users_mistake(uri):
     log(uri, 0, 0.5)
-    with pytest.raises(UserError, match=r"expected evaluations of set, 5-shot, .* found none; run evaluate first"):
-        report.job(report.Settings(tracking_uri=uri, dataset="set", shots=5, episodes=10))
+    with pytest.raises(UserError, match=r"expected evaluations of another, found none; run evaluate first"):
+        report.job(report.Settings(tracking_uri=uri, dataset="another"))
+
+
+def test_test_seeds_of_a_fold_are_one_cell_with_their_deviation(uri):
+    for fold in range(4):
+        for seed, miou in enumerate((0.1, 0.2, 0.3)):
+            log(uri, fold, miou + 0.1 * fold, test_seed=seed)
+    methods = tables.gather(uri, dataset="set")
+    assert methods["4d"].cell("2", "miou") == pytest.approx((0.4, 0.1))
+    assert methods["4d"].mean("miou") == pytest.approx((0.35, 0.1))
+    last = tables.markdown(tables.scores("set", methods)).splitlines()[-1]
+    assert last.startswith("| 4d | 20.0 ± 10.0 (40.0) | 30.0 ± 10.0 (50.0) |") and last.endswith(
+        "| 35.0 ± 10.0 (55.0) |"
+    )
+
+
+def test_tables_1_to_4_hold_the_papers_rows_and_ours_with_missing_cells(uri):
+    for fold in range(4):
+        log(uri, fold, 0.5, dataset="pascal-5i")
+    log(uri, 0, 0.6, dataset="pascal-5i", shots=5)
+    text = report_pages.markdown(report.gathered(report.Settings(tracking_uri=uri)))
+    table1 = text.split("## Table 1")[1].split("## ")[0]
+    paper = next(line for line in table1.splitlines() if line.startswith("| FS-DINO |"))
+    assert "75.6 | 80.3 | 72.2 | 73.4 | 75.4 | 78.1 | 83.1 | 73.6 | 76.3 | 77.8" in paper
+    ours = next(line for line in table1.splitlines() if line.startswith("| **4d**"))
+    assert "| 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 60.0 | - | - | - | - |" in ours
+    table4 = text.split("## Table 4")[1].split("## ")[0]
+    assert "| FS-DINO, BA+SVP+PCS+4D | COCO-20i | 62.4 | 79.0 |" in table4
+    assert "| Matcher | DINOv2-L, SAM-H | its own | 87.1 | - |" in text.split("## Table 3")[1]
+
+
+def test_published_means_are_those_of_their_folds_unless_a_note_says_otherwise():
+    for row in ROWS:
+        for values in (row.one, row.five):
+            if len(values) == 5 and "average" not in row.note:
+                assert sum(values[:4]) / 4 == pytest.approx(values[4], abs=0.11), row
