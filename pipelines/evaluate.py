@@ -88,6 +88,25 @@ class Subject:
 def job(settings: Settings) -> dict[str, Any]:
     """Check, run the episodes of every seed, score, log; what has been scored already is only reported."""
     places, testing = settings.places, settings.testing
+    plan, title, decisive, about = planned(settings)
+    folder = checkpoints.run_folder(places, plan.dataset.name, settings.backbone)
+    results = []
+    for seed in range(testing.test_seed, testing.test_seed + testing.seeds):
+        scores = ScoreFile(f"{folder}/scores", title, decisive | {"test_seed": seed})
+        result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
+        if result is None:
+            from pipelines import evaluation
+
+            run = evaluation.episodes if plan.sampler else evaluation.videos
+            result = run(plan, seed, scores, {**about, "seed": seed})
+        results.append(result)
+    return over_seeds(results)
+
+
+def planned(settings: Settings) -> tuple[ScoringPlan, str, dict[str, Any], dict[str, Any]]:
+    """What is to be scored, checked and opened: the plan, the method's title, what makes two evaluations the same, and
+    what a result says beside its scores."""
+    places, testing = settings.places, settings.testing
     dataset = datasets.dataset_of(places)
     video = isinstance(dataset, DavisDataset)
     if video and (settings.absent or testing.seeds > 1 or settings.shots > 1 or settings.tasks > 1):
@@ -132,7 +151,7 @@ def job(settings: Settings) -> dict[str, Any]:
         method=subject.title,
         **subject.identity,
     )
-    planned = ScoringPlan(
+    plan = ScoringPlan(
         dataset=dataset,
         method=subject.plan,
         late=subject.late,
@@ -158,18 +177,7 @@ def job(settings: Settings) -> dict[str, Any]:
         "trained_on": subject.trained_on,
         "left_out": images.left_out,
     }
-    folder = checkpoints.run_folder(places, dataset.name, settings.backbone)
-    results = []
-    for seed in range(testing.test_seed, testing.test_seed + testing.seeds):
-        scores = ScoreFile(f"{folder}/scores", subject.title, decisive | {"test_seed": seed})
-        result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
-        if result is None:
-            from pipelines import evaluation
-
-            run = evaluation.videos if video else evaluation.episodes
-            result = run(planned, seed, scores, {**about, "seed": seed})
-        results.append(result)
-    return over_seeds(results)
+    return plan, subject.title, decisive, about
 
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ MISSING = [
     ("evaluate", ["--data", "nosuch://x/y"], "expected a path or an fsspec URL"),
     ("predict", [], "a.jpg: expected an image file, found nothing there"),
     ("predict", [f"--support=https://user:{SECRET}@127.0.0.1:9/a.jpg?token={SECRET}"], "127.0.0.1:9/a.jpg"),
-    ("report", [], "expected evaluations of pascal-5i"),
+    ("report", [], "expected evaluations, found none"),
     ("analyze_layers", ["--data", "nowhere"], "expected a data set"),
     ("generate_shapes", ["--data", "file"], "expected a folder"),
     ("reproduce", ["--data", "nowhere"], "expected a data set"),
