@@ -100,9 +100,24 @@ def images_of(
         print(f"skipped: and {len(bad) - TOLD} more images", file=sys.stderr)
     if dataset.skip_bad:
         usable = _supported(dataset, usable)
+    if not training:
+        _check_classes(dataset, fold, usable)
     if listed_pairs is not None:
         listed_pairs = [pair for pair in listed_pairs if pair[0] in usable]
     return Images(usable, listed_pairs, left_out)
+
+
+def _check_classes(dataset: Dataset, fold: int, images: Mapping[str, ImageClasses]) -> None:
+    """Raise DataError if a novel class has no image, since the mean over classes would be another; or say so."""
+    listed = {class_id for of_image in images.values() for class_id in of_image.listed}
+    missing = [dataset.class_names[class_id - 1] for class_id in dataset.novel(fold) if class_id not in listed]
+    if missing and images and not dataset.skip_bad:
+        raise DataError(
+            f"fold {fold}: expected test images of every class, got none for {', '.join(missing[:8])}, so scores would "
+            "be of fewer classes; add images, or go on without those classes with --skip-bad"
+        )
+    for name in missing if dataset.skip_bad else ():
+        print(f"skipped: class {name}: no usable image shows it", file=sys.stderr)
 
 
 def _supported(dataset: Dataset, images: Mapping[str, ImageClasses]) -> dict[str, ImageClasses]:

@@ -109,12 +109,13 @@ class Scorer:
         assert self.job.sampler is not None
         sampler = copy.copy(self.job.sampler)
         sampler.seed = seed
-        return sampler.absent(index, self.pixels) if self.job.absent else sampler.episode(index)
+        return sampler.absent(index, self.lacking) if self.job.absent else sampler.episode(index)
 
     @functools.cached_property
-    def pixels(self) -> dict[str, dict[int, int]]:
-        """Of every class in every test image."""
-        return self.job.dataset.class_pixels("val")
+    def lacking(self) -> dict[str, list[int]]:
+        """Test images that lack a class of the fold, and which."""
+        assert self.job.sampler is not None
+        return self.job.sampler.lacking(self.job.dataset.class_pixels("val"))
 
     def _predicted(self, seed: int, indices: Sequence[int]) -> Iterator[tuple[list[int], list[Episode], Prediction]]:
         numbers = [list(indices[at : at + BATCH]) for at in range(0, len(indices), BATCH)]

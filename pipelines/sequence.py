@@ -173,6 +173,8 @@ def _score(
 ) -> Step:
     def settings(results: Results) -> dict[str, Any]:
         checkpoint = {"checkpoint": results[trained]["checkpoint"]} if trained else {}
+        if own.get("method") == "peak" and "distil" in results:
+            checkpoint = {"adapter_checkpoint": results["distil"]["adapter"]}
         return {"fold": fold, "shots": shots, **own, **checkpoint}
 
     return Step(title or score_title(name, fold, shots), "evaluate", settings)

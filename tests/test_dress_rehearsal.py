@@ -18,7 +18,7 @@ from tests.conftest import run
 TRAIN, TEST = 8, 3
 SMALLER = (
     "--no-gpu --actor-gpus 0 --actor-cpus 1 --decode-cpus 0.5 --forward-batch 1 --worker-cpus 1.5 --num-views 2 "
-    "--distill-epochs 1 --distill-batch 2 --steps 3 --batch 2 --episodes 3 --folds 0 --methods prototype"
+    "--distill-epochs 1 --distill-batch 2 --steps 3 --batch 2 --episodes 3 --folds 0 --methods prototype matching peak"
 ).split()
 
 
@@ -58,7 +58,7 @@ def test_the_papers_recipe_runs_from_photographs_to_scores_at_full_size(publishe
     monkeypatch.setenv("FSDINO_OFFLINE", "1")
     places = ["--data", few_images, "--store", tmp_path / "stores", "--out", tmp_path / "runs"]
     result = run("reproduce", *places, "--tracking-uri", f"sqlite:///{tmp_path}/m.db", *SMALLER)
-    assert set(result["scores"]["1-shot"]) == {"prototype", "compact", "4d"}
+    assert set(result["scores"]["1-shot"]) == {"prototype", "matching", "peak", "compact", "4d"}
     stores = tmp_path / "stores" / "squares"
     shapes = {
         "dinov2_vitb14/early@518": (37, 37, 768),

@@ -89,3 +89,32 @@ def test_a_class_with_too_few_images_is_a_users_mistake():
         sampler(shots=8)
     with pytest.raises(UserError, match="got none at all"):
         EpisodeSampler({}, shots=1, fold=0, seed=0, training=False)
+
+
+def test_absent_queries_show_no_pixel_of_the_class_and_supports_do():
+    pixels = {image_id: {c: 9 for c in classes} for image_id, classes in CLASSES.items()}
+    pixels["image00"] |= {c: 1 for c in (2, 3, 4)}  # it shows every class, so it is no query
+    drawn_by = sampler(shots=2)
+    lacking = drawn_by.lacking(pixels)
+    drawn = [drawn_by.absent(i, lacking) for i in range(200)]
+    assert "image00" not in lacking and [e.query for e in drawn[:23]] == sorted(lacking)
+    for episode in drawn:
+        assert episode.class_id not in pixels[episode.query] and len(set(episode.supports)) == 2
+        assert all(episode.class_id in CLASSES[i] for i in episode.supports)
+    assert {e.class_id for e in drawn if e.query == "image01"} == {1, 3}
+
+
+def test_pairs_come_in_turn_and_classes_with_equal_chances():
+    pairs = [(image_id, c) for image_id, classes in CLASSES.items() for c in classes]
+    by_pairs = sampler(order="pairs", shots=1)
+    assert [(e.query, e.class_id) for e in map(by_pairs.episode, range(2 * len(pairs)))] == pairs * 2
+    by_class = [sampler(order="classes", shots=1).episode(i).class_id for i in range(2000)]
+    assert all(by_class.count(c) == pytest.approx(500, abs=70) for c in (1, 2, 3, 4))
+    trained = sampler(order="pairs", training=True)
+    epoch = [trained.episode(i) for i in range(len(pairs))]
+    assert sorted((e.query, e.class_id) for e in epoch) == sorted(pairs)
+
+
+def test_supports_may_repeat_where_the_protocol_says_so_but_are_never_the_query():
+    drawn = [sampler(shots=5, repeats_supports=True).episode(i) for i in range(300)]
+    assert any(len(set(e.supports)) < 5 for e in drawn) and all(e.query not in e.supports for e in drawn)

@@ -1,6 +1,8 @@
 """Evaluations that must agree: by any number of processes, from stores or straight from images, seed by seed."""
 
 import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fsdino.data import protocols
 from fsdino.data.dataset import open_dataset
 from fsdino.data.views import PADDED, View
 from fsdino.errors import UserError
@@ -175,3 +178,18 @@ def test_a_plan_of_scoring_travels_to_other_processes(whole_run, places):
     dataset = open_dataset(str(places["--data"]))
     dataset.class_pixels("val")
     assert pickle.loads(pickle.dumps(dataset)).class_pixels("val") == dataset.class_pixels("val")
+
+
+def test_a_protocol_that_pads_its_test_images_is_a_value_and_nothing_else(places, tmp_path, monkeypatch, shapes_root):
+    """PFENet's and BAM's test geometry: extraction, loading and scoring follow from the protocol alone."""
+    monkeypatch.setitem(protocols.PROTOCOLS, "padded", replace(protocols.HDMNET, name="padded", test_view=PADDED))
+    root = shutil.copytree(shapes_root, tmp_path / "wide")
+    for path in (*(root / "JPEGImages").iterdir(), *(root / "SegmentationClassAug").iterdir()):
+        Image.open(path).crop((0, 0, 224, 150)).save(path, quality=95)
+    here = {**elsewhere(places, tmp_path), "--data": root, "--store": tmp_path / "stores"}
+    extracted = run("extract_features", *flags(here), "--protocol", "padded", "--features", "late", "--splits", "val")
+    assert extracted["samples"] == 80  # 40 images, plain and padded
+    scores = {p: evaluate(here, "--method", "prototype", "--protocol", p) for p in ("padded", "hdmnet")}
+    live = evaluate(here, "--method", "prototype", "--protocol", "padded", "--from-images")
+    assert scores["padded"]["rules"]["test_view"] == PADDED and scores["padded"]["miou"] != scores["hdmnet"]["miou"]
+    assert live["miou"] == pytest.approx(scores["padded"]["miou"], abs=2e-3)

@@ -246,7 +246,7 @@ def extraction(shapes_root, store, views):
 
 
 @pytest.mark.parametrize(
-    ("kills", "views"), [(2, 8), pytest.param(int(os.environ.get("FSDINO_KILLS", "100")), 60, marks=pytest.mark.slow)]
+    ("kills", "views"), [(1, 4), pytest.param(int(os.environ.get("FSDINO_KILLS", "100")), 60, marks=pytest.mark.slow)]
 )
 def test_an_extraction_killed_at_random_moments_equals_an_undisturbed_one(shapes_root, tmp_path, kills, views):
     whole = tmp_path / "whole" / "stores"

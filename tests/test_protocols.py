@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fsdino.data.dataset import open_dataset
-from fsdino.data.protocols import HDMNET, ImageClasses, protocol_of
+from fsdino.data.protocols import HDMNET, HSNET, ImageClasses, protocol_of
 from fsdino.data.voc import VocDataset
 from fsdino.errors import UserError
 
@@ -91,3 +91,32 @@ def test_no_training_image_of_a_fold_holds_a_novel_pixel(voc_root):
         assert len(images) > 500
         assert not any(novel & set(pixels[image_id]) for image_id in images)
         assert not set(images) & set(dataset.ids("val"))
+
+
+def test_hsnets_rule_counts_pixels_on_a_grid_and_keeps_images_with_novel_ones():
+    points = {"a": {1: 3, 9: 5}, "b": {1: 2, 9: 3}, "c": {2: 4}}
+    pixels = {image_id: {c: 40 for c in of} for image_id, of in points.items()}
+    dataset = Counted(pixels, points)
+    assert HSNET.test_images(dataset, 0) == {"a": ImageClasses((1,), (1,)), "c": ImageClasses((2,), (2,))}
+    assert HSNET.training_images(dataset, 0) == {"a": ImageClasses((9,), (9,)), "b": ImageClasses((9,), (9,))}
+    assert HSNET.training_images(dataset, 0, held_out=[9]) == {}
+    assert list(HSNET.validation_images(dataset, 0, [9])) == ["a", "b"]
+
+
+def test_what_a_protocol_says_of_coco_differs():
+    dataset = Counted()
+    dataset.name = "coco-20i"
+    assert (HDMNET.of(dataset).episodes, HSNET.of(dataset).episodes) == (10_000, 1000)
+    assert (HSNET.of(dataset).order, HSNET.of(dataset).min_pixels) == ("classes", 2048)
+    dataset.name = "pascal-5i"
+    assert HDMNET.of(dataset) is not None and HSNET.of(dataset) == HSNET
+
+
+@pytest.mark.real_data
+def test_hsnets_test_pairs_of_pascal_are_the_published_ones_but_for_eight(voc_root):
+    """The published lists have 346, 451, 725 and 346 pairs; of ours 3 are not theirs, and 5 of theirs are missing."""
+    dataset = open_dataset(str(voc_root))
+    counts = [sum(len(c.listed) for c in HSNET.test_images(dataset, fold).values()) for fold in range(4)]
+    assert counts == [346, 450, 725, 345]
+    listed = HSNET.test_images(dataset, 0)
+    assert listed["2007_000033"].listed == (1,) and 2 not in listed.get("2008_003108", ImageClasses((), ())).listed

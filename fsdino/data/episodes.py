@@ -111,22 +111,25 @@ class EpisodeSampler:
         flips = tuple(bool(f) for f in rng.random(1 + self.shots) < (0.5 if self.flip else 0))
         return Episode(class_id, query, supports, views, flips)
 
-    def absent(self, index: int, pixels: Mapping[str, Mapping[int, int]]) -> Episode:
-        """An episode whose query shows no pixel of the class: one of the images, and a class that it lacks.
+    def lacking(self, pixels: Mapping[str, Mapping[int, int]]) -> dict[str, list[int]]:
+        """Images that show no pixel of some class, and those classes; `pixels` are those of every class in every image.
 
-        `pixels` are those of every class in every image. Raises DataError if every image shows every class.
+        Raises DataError if every image shows every class.
         """
-        rng = np.random.default_rng([self.seed, self.fold, ABSENT, index])
-        lacking = {i: [c for c in sorted(self.by_class) if not pixels[i].get(c)] for i in self.images}
-        images = [image_id for image_id, classes in lacking.items() if classes]
-        if not images:
+        classes = {i: [c for c in sorted(self.by_class) if not pixels[i].get(c)] for i in self.images}
+        found = {image_id: lacked for image_id, lacked in classes.items() if lacked}
+        if not found:
             raise DataError(f"fold {self.fold}: expected images that lack one of its classes, got none")
-        query = images[index % len(images)]
+        return found
+
+    def absent(self, index: int, lacking: Mapping[str, Sequence[int]]) -> Episode:
+        """An episode whose query lacks the class: the images of `lacking` in turn, each with one of its classes."""
+        rng = np.random.default_rng([self.seed, self.fold, ABSENT, index])
+        query = list(lacking)[index % len(lacking)]
         class_id = lacking[query][rng.integers(len(lacking[query]))]
         members = self.by_class[class_id]
         supports = tuple(members[i] for i in rng.choice(len(members), self.shots, replace=self.repeats_supports))
-        views, flips = (self.test_view,) * (1 + self.shots), (False,) * (1 + self.shots)
-        return Episode(class_id, query, supports, views, flips)
+        return Episode(class_id, query, supports, (self.test_view,) * (1 + self.shots), (False,) * (1 + self.shots))
 
     def _query(self, rng: np.random.Generator, index: int) -> tuple[str, int]:
         """The query of an index, and its class."""
