@@ -92,7 +92,8 @@ def images_of(
         stores.check_images(usable, *opened)
         wrong = differing_sizes(dataset, split, stores.sizes_of(opened[0], usable))
         usable = {image_id: classes for image_id, classes in usable.items() if image_id not in wrong}
-    bad = {image_id: reason for image_id, reason in dataset.skipped.items() if image_id in set(dataset.ids(split))}
+    of_split = set(dataset.ids(split))
+    bad = {image_id: reason for image_id, reason in dataset.skipped.items() if image_id in of_split}
     left_out["bad_labels"] = len(bad)
     for reason in list(bad.values())[:TOLD]:
         print(f"skipped: {reason}", file=sys.stderr)
@@ -103,7 +104,7 @@ def images_of(
     if not training:
         _check_classes(dataset, fold, usable)
     if listed_pairs is not None:
-        listed_pairs = [pair for pair in listed_pairs if pair[0] in usable]
+        listed_pairs = [(i, class_id) for i, class_id in listed_pairs if i in usable and class_id in usable[i].listed]
     return Images(usable, listed_pairs, left_out)
 
 

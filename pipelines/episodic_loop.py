@@ -1,5 +1,6 @@
 """The loop of episodic training in one worker: its share of every step's episodes."""
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,8 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         job.label_px,
         void_is_background=job.void_is_background,
     )
+    checker = copy.copy(loader)  # it scores void as nothing, whatever the loss makes of it
+    checker.void_is_background = False
     segmenter = build_segmenter(job).to(worker.device)
     model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))
     optimiser = torch.optim.AdamW(parameter_groups(segmenter, job.episodic), weight_decay=paper.WEIGHT_DECAY)
@@ -122,7 +125,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
                 run.flush()
         if job.validation is not None and (done % job.episodic.validate_every == 0 or done == steps):
             # Rank 0 decides for all: a difference in rounding must not let ranks resume from different weights.
-            (miou,) = training.from_rank_0(lambda: (validate(segmenter, loader, job, worker),))
+            (miou,) = training.from_rank_0(lambda: (validate(segmenter, checker, job, worker),))
             if run:
                 run.log(done, val_miou=miou)
             if miou > best["miou"]:
@@ -146,11 +149,12 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         final = f"{worker.folder}/final"
         run.log(steps, seconds_per_step=result["seconds_per_step"])
         run.folder(final, "segmenter")
+        if job.validation is not None:
+            run.folder(f"{worker.folder}/best", "best")
         run.keep("FINISHED")
         if job.validation is not None:
             result |= {"best_step": best["step"], "best_val_miou": round(best["miou"], 6)}
             publish_best(job, best["weights"], result, f"{worker.folder}/best")
-            run.folder(f"{worker.folder}/best", "best")
         with tempfile.TemporaryDirectory() as folder:
             segmenter.save(folder, **job.origin, training=result, commit=tracking.commit())
             checkpoints.publish(folder, final)

@@ -89,7 +89,7 @@ def job(settings: Settings) -> dict[str, Any]:
     """Check, run the episodes of every seed, score, log; what has been scored already is only reported."""
     places, testing = settings.places, settings.testing
     plan, title, decisive, about = planned(settings)
-    folder = checkpoints.run_folder(places, plan.dataset.name, settings.backbone)
+    folder = checkpoints.run_folder(places, plan.dataset.name, plan.method.backbone)
     results = []
     for seed in range(testing.test_seed, testing.test_seed + testing.seeds):
         scores = ScoreFile(f"{folder}/scores", title, decisive | {"test_seed": seed})

@@ -34,7 +34,7 @@ PUBLISHED = {
     "coco2014": (82783, 40504),
     "coco2017": (118287, 5000),
     "fss1000": (5200, 2400),
-    "davis2017": (4219, 1999),
+    "davis2017": (4219, 2023),
     "sa1b": (11185362, 0),
 }
 """Images of train and test. FSS-1000: 520 and 240 classes of ten; DAVIS-17: frames of 60 and 30 videos."""

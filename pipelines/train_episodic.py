@@ -19,6 +19,7 @@ from fsdino.config import SegmenterConfig, SegmenterShape
 from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.protocols import Protocol
+from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
 from fsdino.weights import weights_digest
 from pipelines import checkpoints, datasets, stores
@@ -217,6 +218,7 @@ def validation_sampler(
         order=rules.order,
         pairs=images.pairs,
         repeats_supports=rules.repeats_supports,
+        test_view=rules.test_view if on == "novel" else PLAIN,
     )
 
 

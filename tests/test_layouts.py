@@ -1,5 +1,7 @@
 """Data sets in their publishers' layouts, on small files that are laid out alike."""
 
+import shutil
+
 import fsspec
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.inspection import inspect
 from fsdino.data.protocols import HDMNET, HSNET
 from fsdino.errors import UserError
+from tests.conftest import FOLD, flags, run
 
 
 def photograph(path, size=(40, 30)):
@@ -307,3 +310,42 @@ def test_a_folder_in_a_bucket_is_the_same_data_set(own, s3_endpoint, layout):
     here, there = open_dataset(str(own)), open_dataset(f"s3://{place}")
     assert there.name == here.name and there.ids("train") == here.ids("train")
     assert there.class_pixels("val") == here.class_pixels("val") and there.folds == here.folds
+
+
+def test_bad_labels_stop_a_command_or_are_left_out_and_named(places, shapes_root, tmp_path, capsys):
+    """A mask of another size, colours, a damaged file, and a class without images."""
+    root = shutil.copytree(shapes_root, tmp_path / "broken")
+    labels = root / "SegmentationClassAug"
+    names = (root / "ImageSets" / "Segmentation" / "val.txt").read_text().split()
+    classes = (root / "classes.txt").read_text().split()
+    dataset = open_dataset(str(root))
+    first, second, third = [n for n in names if set(dataset.class_pixels("val")[n]) & {4, 5, 6}][:3]
+    (labels / f"{first}.png").write_bytes(b"no picture")
+    Image.new("RGB", (224, 224), (17, 3, 99)).save(labels / f"{second}.png")
+    Image.open(labels / f"{third}.png").resize((220, 224), 0).save(labels / f"{third}.png")
+    here = {**places, "--data": root, "--store": tmp_path / "stores", "--out": tmp_path / "runs"}
+    run("extract_features", *flags(here), "--features", "late", "--splits", "val")
+    scoring = ["evaluate", *flags(here), "--fold", FOLD, "--method", "prototype"]
+    with pytest.raises(UserError, match=rf"({first}|{second}).png: expected"):
+        run(*scoring)
+    score = run(*scoring, "--skip-bad")
+    said = capsys.readouterr().err
+    for name in (first, second, third):
+        assert f"{name}.png: " in said
+    assert score["left_out"]["bad_labels"] == 3 and score["episodes"] == 20
+    for name in names:  # and then no image of one class at all
+        label = np.array(Image.open(labels / f"{name}.png")) if name != first else np.zeros((224, 224), np.uint8)
+        if label.ndim == 2:
+            Image.fromarray(np.where(label == 5, 0, label).astype(np.uint8)).save(labels / f"{name}.png")
+    missing = classes[4]
+    with pytest.raises(UserError, match=f"expected test images of every class, got none for {missing}"):
+        run(*scoring[:-2], "--method", "nearest", "--test-list", good_list(tmp_path, names, (first, second, third)))
+    score = run(*scoring, "--skip-bad")
+    assert f"skipped: class {missing}: no usable image shows it" in capsys.readouterr().err
+    assert missing not in score["per_class"] and len(score["per_class"]) == 2
+
+
+def good_list(folder, names, bad):
+    path = folder / "good.txt"
+    path.write_text("\n".join(f"SegmentationClassAug/{n}.png" for n in names if n not in bad))
+    return path

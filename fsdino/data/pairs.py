@@ -46,9 +46,9 @@ def read_pairs(folder: str, dataset: Dataset, fold: int, training: bool) -> list
 
 def of_pairs(pairs: list[Pair]) -> dict[str, ImageClasses]:
     """The images of a list, each with its classes."""
-    classes: dict[str, list[int]] = {}
+    classes: dict[str, set[int]] = {}
     for image_id, class_id in pairs:
-        classes.setdefault(image_id, []).append(class_id)
+        classes.setdefault(image_id, set()).add(class_id)
     return {image_id: ImageClasses(tuple(sorted(c)), tuple(sorted(c))) for image_id, c in classes.items()}
 
 

@@ -71,32 +71,33 @@ class Protocol:
         return self._without(dataset, unseen, set(dataset.folds.base(fold)) - unseen)
 
     def validation_images(self, dataset: Dataset, fold: int, held_out: Collection[int]) -> dict[str, ImageClasses]:
-        """Training images that show base classes that are held out, and no novel one."""
+        """Training images that show base classes that are held out; novel ones are treated as in training."""
         return self._without(dataset, set(dataset.novel(fold)), set(held_out))
 
     def _without(self, dataset: Dataset, unseen: set[int], classes: set[int]) -> dict[str, ImageClasses]:
         """Training images of classes; those with a pixel of unseen ones are dropped, if the protocol does."""
         pixels = dataset.class_pixels("train")
         dropped = {i for i, counts in pixels.items() if self.drops_novel and unseen & counts.keys()}
-        listed = self._images(dataset, "train", classes)
-        return {image_id: of_image for image_id, of_image in listed.items() if image_id not in dropped}
+        return self._images(dataset, "train", classes, dropped)
 
     def test_images(self, dataset: Dataset, fold: int) -> dict[str, ImageClasses]:
         """Images that test the fold, with their novel classes, in the list's order."""
         return self._images(dataset, "val", set(dataset.novel(fold)))
 
-    def _images(self, dataset: Dataset, split: Split, classes: set[int]) -> dict[str, ImageClasses]:
-        """Images that are listed for any of the classes. A class without a listed image has no supports: it is left
-        out."""
-        pixels = dataset.class_pixels(split)
+    def _images(
+        self, dataset: Dataset, split: Split, classes: set[int], dropped: Collection[str] = ()
+    ) -> dict[str, ImageClasses]:
+        """Images that are listed for any of the classes, without those that are dropped. A class without a listed image
+        has no supports: it is left out."""
+        pixels = {i: counts for i, counts in dataset.class_pixels(split).items() if i not in dropped}
         counted, least = pixels, self.min_pixels
         if dataset.min_pixels is not None:
             least = dataset.min_pixels
         elif self.listed_on_grid:
             counted = dataset.class_points(split)
         listed = {
-            image_id: tuple(sorted(c for c, n in counts.items() if c in classes and n >= least))
-            for image_id, counts in counted.items()
+            image_id: tuple(sorted(c for c, n in counted[image_id].items() if c in classes and n >= least))
+            for image_id in pixels
         }
         supported = {c for members in listed.values() for c in members}
         return {
