@@ -84,7 +84,8 @@ def clusters(features: Float[np.ndarray, "n c"]) -> np.ndarray:
 def foreground(masks: Float[Tensor, "k h w"], grid: int) -> Bool[Tensor, "k g g"]:
     """Positions that a mask covers by half; if none, the one that it covers most."""
     share = mask_to_grid(masks, grid)
-    return (share > 0.5) | ((share == share.amax((-2, -1), keepdim=True)) & (share.amax((-2, -1), keepdim=True) <= 0.5))
+    most = share.amax((-2, -1), keepdim=True)
+    return (share > 0.5) | ((share == most) & (most <= 0.5) & (most > 0))
 
 
 def _debiased(features: Float[Tensor, "k c n"], basis: Float[Tensor, "c r"]) -> Float[Tensor, "k c n"]:

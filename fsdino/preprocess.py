@@ -77,6 +77,17 @@ def orientation(path: Source) -> int:
         return 1
 
 
+def shown_size(path: Source) -> tuple[int, int]:
+    """(width, height) of a photograph as it is shown, from its header alone. Raises UserError as `read_image`."""
+    data = _bytes(path)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: expected a readable image, got: {first_line(error)}; convert it to JPEG") from None
+
+
 def resize_square(image: Image.Image, res_px: int) -> UInt8[np.ndarray, "r r 3"]:
     """The whole image stretched to a square, bilinear with antialiasing."""
     return np.asarray(image.resize((res_px, res_px), Image.Resampling.BILINEAR))

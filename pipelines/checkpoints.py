@@ -1,5 +1,7 @@
 """Adapters and segmenters: where their checkpoints lie, loading and publishing them."""
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +33,11 @@ def run_folder(places: Places, dataset: str, backbone: Backbone) -> str:
 def adapters_folder(places: Places, backbone: Backbone) -> str:
     """The folder of all adapters for an encoder."""
     return absolute(f"{places.out}/adapters/{backbone.title}")
+
+
+def short_digest(described: Any) -> str:
+    """Eight hex digits of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
 
 
 def distill_name(teaching: Teaching, images: str) -> str:
@@ -133,14 +140,8 @@ def plan_adapter(
 
 def _adapter_record(url: str) -> tuple[dict[str, Any], str]:
     """The record of an adapter, or of the segmenter that is there instead, and which it is."""
-    try:
-        return read_record(url, "adapter"), "adapter"
-    except UserError:
-        try:
-            return read_record(url, "segmenter"), "segmenter"
-        except UserError:
-            pass
-        raise
+    kind = "segmenter" if checkpoint.files("segmenter")[1] in open_folder(absolute(url)).names("") else "adapter"
+    return read_record(url, kind), kind
 
 
 def _of_segmenter(url: str, record: dict[str, Any], backbone: Backbone, encoder_weights: str) -> AdapterPlan:
@@ -150,10 +151,12 @@ def _of_segmenter(url: str, record: dict[str, Any], backbone: Backbone, encoder_
     differing = Fingerprint.of_record(record["late"]).differences(
         {"model": backbone.encoder, "weights": encoder_weights, "res_px": backbone.res}
     )
+    if record["backbone"]["early_norm"] != backbone.early_norm:
+        differing.append(f"early_norm: expected {backbone.early_norm}, got {record['backbone']['early_norm']}")
     if differing:
         raise UserError(f"{url}: the segmenter was trained on other features ({'; '.join(differing)})")
     if record["adapter"]["kind"] == "joint":
-        raise UserError(f"{url}: its adapter was trained along and reads early features; there is nothing to bake")
+        raise UserError(f"{url}: its adapter was trained jointly and reads early features; there is nothing to bake")
     shape = record["shape"]
     return AdapterPlan(
         "segmenter", url, shape["early_channels"], shape["embedding_channels"], record["adapter"]["digest"], 0

@@ -1,9 +1,10 @@
-"""The data set of a job under its protocol: opened, its images checked against the stores, what was left out said."""
+"""The data set of a job under its protocol: opened, its images checked against the stores, left-out images reported."""
 
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,7 +16,9 @@ from fsdino.data.lists import parse_ids
 from fsdino.data.pairs import of_pairs, read_pairs
 from fsdino.data.photographs import file_stamps, list_photographs, set_name
 from fsdino.data.protocols import ImageClasses, Protocol, protocol_of
-from fsdino.errors import DataError, reachable
+from fsdino.data.views import PLAIN
+from fsdino.errors import DataError, UserError, reachable
+from fsdino.preprocess import shown_size
 from pipelines import stores
 from pipelines.recipes import Benchmark, Photographs, Places
 
@@ -31,7 +34,7 @@ class Images:
     listed: dict[str, ImageClasses]
     pairs: list[tuple[str, int]] | None
     left_out: dict[str, int]
-    """Images that the protocol lists and that are missing all the same, by reason."""
+    """Images that are left out, by reason: without features, or of the list with labels that cannot be used."""
 
 
 def dataset_of(places: Places) -> Dataset:
@@ -58,6 +61,8 @@ def rules_of(benchmark: Benchmark, dataset: Dataset) -> Protocol:
         for name in ("scored_at", "align_corners", "scores_void")
         if (value := getattr(benchmark, name)) is not None
     }
+    if benchmark.pairs is not None:  # what is listed stands in the lists
+        given |= {"min_pixels": 0, "listed_on_grid": False, "drops_novel": False, "draws_any_pixel": False}
     return replace(rules, **given)
 
 
@@ -67,7 +72,7 @@ def images_of(
     fold: int,
     split: Split,
     pairs: str | None,
-    opened: Sequence[FeatureStore | None],
+    opened: Sequence[FeatureStore],
     held_out: Collection[int] = (),
     validating: bool = False,
 ) -> Images:
@@ -88,10 +93,11 @@ def images_of(
         listed = rules.training_images(dataset, fold, held_out) if training else rules.test_images(dataset, fold)
     usable = stores.without_quarantined(listed, opened)
     left_out = {"quarantined": len(listed) - len(usable)}
-    if opened and opened[0] is not None:
-        stores.check_images(usable, *opened)
-        wrong = differing_sizes(dataset, split, stores.sizes_of(opened[0], usable))
-        usable = {image_id: classes for image_id, classes in usable.items() if image_id not in wrong}
+    if opened:
+        stores.check_images(usable, PLAIN if training else rules.test_view, *opened)
+    sizes = stores.sizes_of(opened[0], usable) if opened else _sizes_of_photographs(dataset, usable)
+    wrong = differing_sizes(dataset, split, sizes) | (usable.keys() - sizes.keys())
+    usable = {image_id: classes for image_id, classes in usable.items() if image_id not in wrong}
     of_split = set(dataset.ids(split))
     bad = {image_id: reason for image_id, reason in dataset.skipped.items() if image_id in of_split}
     left_out["bad_labels"] = len(bad)
@@ -108,6 +114,23 @@ def images_of(
     return Images(usable, listed_pairs, left_out)
 
 
+def _sizes_of_photographs(dataset: Dataset, images: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(width, height) of photographs as they are shown. Raises UserError for one that cannot be read, or skips it."""
+
+    def size(image_id: str) -> tuple[int, int] | None:
+        try:
+            return shown_size(dataset.source(image_id))
+        except UserError as error:
+            if not dataset.skip_bad:
+                raise
+            dataset.skipped[image_id] = error.args[0]
+            return None
+
+    wanted = list(images)
+    with ThreadPoolExecutor() as pool:
+        return {i: found for i, found in zip(wanted, pool.map(size, wanted), strict=True) if found is not None}
+
+
 def _check_classes(dataset: Dataset, fold: int, images: Mapping[str, ImageClasses]) -> None:
     """Raise DataError if a novel class has no image, since the mean over classes would be another; or say so."""
     listed = {class_id for of_image in images.values() for class_id in of_image.listed}
@@ -115,7 +138,7 @@ def _check_classes(dataset: Dataset, fold: int, images: Mapping[str, ImageClasse
     if missing and images and not dataset.skip_bad:
         raise DataError(
             f"fold {fold}: expected test images of every class, got none for {', '.join(missing[:8])}, so scores would "
-            "be of fewer classes; add images, or go on without those classes with --skip-bad"
+            "be of fewer classes; add images, or drop those classes with --skip-bad"
         )
     for name in missing if dataset.skip_bad else ():
         print(f"skipped: class {name}: no usable image shows it", file=sys.stderr)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fsdino.data.dataset import list_digest
+from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
 from pipelines import checkpoints, datasets, stores
 from pipelines.checks import check_batch
@@ -51,7 +52,7 @@ def job(settings: Settings) -> dict[str, Any]:
         stores.check_weights(store, early[0].fingerprint.weights)
     teacher = stores.open_teacher(places, name, settings.teaching.teacher, backbone.res)
     ids = list(stores.without_quarantined(sources, (teacher, *early)))
-    stores.check_images(ids, teacher, *early)
+    stores.check_images(ids, PLAIN, teacher, *early)
     held_out, trained = split(ids, settings.workers.seed, distillation.validation_share)
     if len(trained) < distillation.distill_batch:
         raise UserError(

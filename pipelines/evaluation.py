@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from pipelines import scoring, tracking, video_scoring
-from pipelines.networks import ScoringPlan
 from pipelines.runs import ScoreFile, flat
+from pipelines.scoring_plan import ScoringPlan
 
 
 def episodes(plan: ScoringPlan, seed: int, scores: ScoreFile, about: dict[str, Any]) -> dict[str, Any]:
@@ -14,17 +14,17 @@ def episodes(plan: ScoringPlan, seed: int, scores: ScoreFile, about: dict[str, A
     with _logged(plan, scores) as run:
         found = scoring.score(plan, seed)
         result = {**about, **scoring.result_of(plan, found)}
-        _log(run, result, scores)
         table = scoring.parquet(found, plan.dataset.class_names)
-        scores.write(result, table)
         run.file(table, "episodes.parquet")
+        _log(run, result)
+        scores.write(result, table)
         with tracking.optional(run, "the pictures of episodes"):
             scorer = scoring.scorer_of(plan)
             first = scorer.picture(seed, range(min(scoring.PANEL_ROWS, plan.episodes)))
             run.picture(first, "panels/test.png")
             if plan.panel:
                 first.save(plan.panel)
-            if not plan.absent:
+            if plan.lacking is None:
                 for name, indices in zip(("best", "worst"), scoring.extremes(found), strict=True):
                     run.picture(scorer.picture(seed, indices), f"panels/{name}.png")
     return result
@@ -34,7 +34,7 @@ def videos(plan: ScoringPlan, seed: int, scores: ScoreFile, about: dict[str, Any
     """`about` with J and F of every object (see video_scoring.score)."""
     with _logged(plan, scores) as run:
         result = {**about, **video_scoring.score(plan)}
-        _log(run, result, scores)
+        _log(run, result)
         scores.write(result)
     return result
 
@@ -45,7 +45,7 @@ def _logged(plan: ScoringPlan, scores: ScoreFile) -> Any:
     return tracking.running(plan.tracking_uri, "evaluate", name, flat(scores.identity), tags, outbox=scores.outbox)
 
 
-def _log(run: tracking.Run, result: dict[str, Any], scores: ScoreFile) -> None:
+def _log(run: tracking.Run, result: dict[str, Any]) -> None:
     """The measures, kept before the result is written."""
     numbers = {key: value for key, value in result.items() if isinstance(value, float) and np.isfinite(value)}
     per_class = {f"iou_{name}": value for name, value in result.get("per_class", {}).items()}

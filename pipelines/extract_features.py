@@ -59,7 +59,9 @@ def job(settings: Settings) -> dict[str, Any]:
 
     targets = [target(feature, backbone.res, rows) for feature in settings.features]
     if settings.coarse_res:
-        _, plain = extraction.read_rows(settings.places, settings.photographs, ["train"], num_views=1)
+        plain = rows
+        if settings.photographs.images is None:
+            _, plain = extraction.read_rows(settings.places, settings.photographs, ["train"], num_views=1)
         targets += [target("early", res_px, plain) for res_px in settings.coarse_res if res_px != backbone.res]
     return extraction.extract(
         EncoderPlan(backbone, digest),

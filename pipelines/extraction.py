@@ -53,7 +53,10 @@ def read_rows(
             Row(image_id, PLAIN, source) for image_id, source in datasets.listed(photographs, places.skip_bad).items()
         ]
     dataset = datasets.dataset_of(places)
-    return dataset.name, plan_rows(dataset, [s for s in splits if s in dataset.splits], num_views, test_view)
+    there = [split for split in splits if split in dataset.splits]
+    if not there:
+        raise UserError(f"{places.data}: expected a list of {' or '.join(splits)} images, but {dataset.name} has none")
+    return dataset.name, plan_rows(dataset, there, num_views, test_view)
 
 
 def plan_rows(dataset: Dataset, splits: Sequence[Split], num_views: int, test_view: int = PLAIN) -> list[Row]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fsdino import paper
 from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import Episode, EpisodeSampler
-from fsdino.data.views import draw_view
+from fsdino.data.views import PADDED, PLAIN, draw_view
 from fsdino.episodic import EpisodeBatch
 
 A = TypeVar("A")
@@ -95,8 +95,10 @@ class EpisodeLoader:
         key = (image_id, view, class_id)
         mask = self._masks.pop(key, None)
         if mask is None:
-            drawn = draw_view(self.view_seed, image_id, view)
-            mask = drawn.label(self.dataset.mask(image_id, class_id), self.label_px)
+            drawn, whole = draw_view(self.view_seed, image_id, view), self.dataset.mask(image_id, class_id)
+            mask = drawn.label(whole, self.label_px)
+            if view in (PLAIN, PADDED) and not (mask == 1).any():
+                _mark(mask, whole, drawn.extent(whole.shape))
         self._masks[key] = mask
         if len(self._masks) > MASKS_KEPT:
             self._masks.popitem(last=False)
@@ -113,6 +115,14 @@ def ahead(read: Callable[[A], B], wanted: Iterator[A]) -> Iterator[B]:
                 yield current.result()
         if following is not None:
             yield following.result()
+
+
+def _mark(small: np.ndarray, whole: np.ndarray, extent: tuple[int, ...]) -> None:
+    """Mark one pixel of an object that is too small for the side, if there is one: a support shows something."""
+    places = np.argwhere(whole == 1)
+    if len(places):
+        y, x = places[len(places) // 2] * small.shape // np.array(extent)
+        small[y, x] = 1
 
 
 def _channels_first(features: np.ndarray) -> Tensor:

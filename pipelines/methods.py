@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fsdino import baselines
 from fsdino.episodic import EpisodeBatch
-from fsdino.matching import matching_logits, positional_basis
+from fsdino.matching import matching_logits
 from fsdino.peak import PeakPrompt
 from fsdino.segmenter import Prediction, Segmenter
 
@@ -80,11 +80,6 @@ def similarity(name: str) -> TrainingFree:
 def matching(basis: Tensor) -> TrainingFree:
     """INSID3's matching, with the directions of position."""
     return TrainingFree(lambda late, masks, query, _: matching_logits(late, masks, query, basis))
-
-
-def basis_of(blank: Tensor) -> Tensor:
-    """Directions of position, from the features (c, g, g) of an empty image."""
-    return positional_basis(blank)
 
 
 def peak_prompt(state: dict[str, Tensor]) -> PeakPrompt:

@@ -5,17 +5,12 @@ A description travels to the actors; torch is loaded, and weights are read, only
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from typing import Protocol as Interface
+from typing import TYPE_CHECKING, Protocol
 
-from feature_store import FeatureStore
-from fsdino.data.dataset import Dataset
-from fsdino.data.episodes import EpisodeSampler
-from fsdino.data.protocols import Protocol
 from fsdino.errors import UserError
 from fsdino.weights import weights_digest
 from pipelines.checkpoints import AdapterPlan
-from pipelines.recipes import Backbone, Device, Teaching
+from pipelines.recipes import Backbone, Teaching
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +27,7 @@ class Network:
     std: tuple[float, ...] = ()
 
 
-class NetworkPlan(Interface):
+class NetworkPlan(Protocol):
     """A network that is built on arrival."""
 
     def build(self) -> Network:
@@ -91,49 +86,6 @@ class BakePlan:
         if state_digest(adapter) != self.adapter.digest:
             raise UserError(f"{self.adapter.url}: the adapter has changed since this job began; rerun the command")
         return Network(adapter, lambda x, _: {"embedding": adapter(x)})
-
-
-@dataclass(frozen=True)
-class MethodPlan:
-    """What is scored; built where it runs."""
-
-    name: str
-    """segmenter, or a method without training."""
-    checkpoint: str
-    """Of a segmenter."""
-    backbone: Backbone
-    adapter: AdapterPlan | None = None
-    """That computes embeddings for the method peak."""
-    sam_decoder: str | None = None
-    """Whose decoder `peak` prompts."""
-    decoder_weights: str | None = None
-
-
-@dataclass(frozen=True)
-class ScoringPlan:
-    """What is scored on what, checked and opened."""
-
-    dataset: Dataset
-    method: MethodPlan
-    late: FeatureStore | None
-    """None: features are computed from the images."""
-    query: FeatureStore | None
-    sampler: EpisodeSampler | None
-    """None for videos."""
-    rules: Protocol
-    fold: int
-    episodes: int
-    device: Device
-    vote: bool
-    absent: bool
-    tasks: int
-    memory: int
-    memory_confidence: float
-    tracking_uri: str
-    panel: str
-    """File for a picture, or empty."""
-    masks: str
-    """Folder for predicted masks, or empty."""
 
 
 def _check_weights(name: str, weights: str | None, digest: str) -> None:

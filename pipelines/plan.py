@@ -69,11 +69,11 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Count, multiply, print a table before the JSON line."""
-    name, train, test, distilled = counted(settings)
-    lines = stores_of(settings, train, test, distilled)
+    images = counted(settings)
+    lines, hours = stores_of(settings, images), hours_of(settings, images)
     total = sum(line["bytes"] for line in lines)
-    hours = hours_of(settings, train, test, distilled)
-    print(f"{name}, recipe {settings.recipe}: {train} training and {test} test images, {distilled} for distillation\n")
+    many = f"{images.train} training and {images.test} test images, {images.distilled} for distillation"
+    print(f"{images.name}, recipe {settings.recipe}: {many}\n")
     print("| store | samples | each | together |\n|---|---|---|---|")
     for line in lines:
         each, together = line["bytes"] / max(line["samples"], 1) / 1e3, line["bytes"] / 1e9
@@ -83,78 +83,91 @@ def job(settings: Settings) -> dict[str, Any]:
         told = f"{time:.1f} h at {rate:g}/s" if time is not None else "give its rate for the hours"
         print(f"{what}: {amount} {unit}, {told}")
     return {
-        "dataset": name,
-        "train_images": train,
-        "test_images": test,
-        "distillation_images": distilled,
+        "dataset": images.name,
+        "train_images": images.train,
+        "test_images": images.test,
+        "distillation_images": images.distilled,
         "stores": lines,
         "bytes": total,
         "hours": {what: time for what, (_, _, _, time) in hours.items()},
     }
 
 
-def counted(settings: Settings) -> tuple[str, int, int, int]:
-    """The data set's name, and images that train, test, and teach."""
+@dataclass(frozen=True)
+class Counts:
+    """Images of a data set, and of distillation."""
+
+    name: str
+    train: int
+    test: int
+    distilled: int
+    elsewhere: bool
+    """Whether distillation has images of its own."""
+
+
+def counted(settings: Settings) -> Counts:
+    """Images that train, test, and teach."""
     photographs = settings.photographs
+    if settings.of == "sa1b":
+        return Counts("sa1b", 0, 0, max(1, round(photographs.share * PUBLISHED["sa1b"][0])), True)
+    name = str(settings.of)
     if settings.of is not None:
         train, test = PUBLISHED[settings.of]
-        share = max(1, round(photographs.share * train))
-        return settings.of, share, test, share
-    dataset = datasets.dataset_of(settings.places)
-    train, test = (len(dataset.ids(split)) if split in dataset.splits else 0 for split in ("train", "val"))
-    taught = train
-    if photographs.images is not None:
-        taught = len(datasets.listed(photographs, settings.places.skip_bad))
-    return dataset.name, train, test, taught
+    else:
+        dataset = datasets.dataset_of(settings.places)
+        name = dataset.name
+        train, test = (len(dataset.ids(split)) if split in dataset.splits else 0 for split in ("train", "val"))
+    if photographs.images is None:
+        return Counts(name, train, test, train if settings.model.adapter == "distilled" else 0, False)
+    return Counts(name, train, test, len(datasets.listed(photographs, settings.places.skip_bad)), True)
 
 
-def stores_of(settings: Settings, train: int, test: int, distilled: int) -> list[dict[str, Any]]:
+def stores_of(settings: Settings, images: Counts) -> list[dict[str, Any]]:
     """Name, samples and bytes of each store."""
     backbone, dtype = settings.backbone, settings.extraction.dtype
     encoder = encoder_spec(backbone.encoder, backbone.early_norm, backbone.late_norm)
     teacher = teacher_spec(settings.teaching.teacher)
-    samples = train * backbone.num_views + test
-    labelled = settings.of != "sa1b"  # of plain photographs only what distillation reads is kept
-    elsewhere = settings.photographs.images is not None
-    own = samples if labelled else 0
-    at_res = own + (distilled if elsewhere or not labelled else 0)
-    wanted = [("early", backbone.res, at_res, encoder.grid(backbone.res), encoder.early.channels)]
-    if own:
-        wanted.append(("late", backbone.res, own, encoder.grid(backbone.res), encoder.late.channels))
-    if settings.model.adapter == "distilled":
-        coarse = [res for res in settings.distillation.distill_res if res != backbone.res]
-        wanted += [("early", res, distilled, encoder.grid(res), encoder.early.channels) for res in coarse]
-        side = teacher.input_px(backbone.res)
-        wanted.append(("teacher", side, distilled, teacher.grid(backbone.res), teacher.layer.channels))
-    if own and settings.model.adapter != "joint":
+    own, taught = images.train * backbone.num_views + images.test, images.distilled
+
+    def early(res: int, count: int) -> tuple[str, int, int, int, int]:
+        return "early", res, count, encoder.grid(res), encoder.early.channels
+
+    wanted = [early(backbone.res, own)]
+    wanted.append(("late", backbone.res, own, encoder.grid(backbone.res), encoder.late.channels))
+    if settings.model.adapter != "joint":
         wanted.append(("embedding", backbone.res, own, encoder.grid(backbone.res), teacher.layer.channels))
+    own_res = [] if images.elsewhere else [backbone.res]
+    wanted += [early(res, taught) for res in settings.distillation.distill_res if res not in own_res]
+    side = teacher.input_px(backbone.res)
+    wanted.append(("teacher", side, taught, teacher.grid(backbone.res), teacher.layer.channels))
     return [
         {"store": f"{feature}@{res}", "samples": count, "bytes": count * sample_bytes(grid, channels, dtype)}
         for feature, res, count, grid, channels in wanted
+        if count
     ]
 
 
 Cost = tuple[int, str, float | None, float | None]
 
 
-def hours_of(settings: Settings, train: int, test: int, distilled: int) -> dict[str, Cost]:
+def hours_of(settings: Settings, images: Counts) -> dict[str, Cost]:
     """Each step's amount, unit, rate and hours."""
     backbone, distillation, episodic = settings.backbone, settings.distillation, settings.episodic
-    per_epoch = int((1 - distillation.validation_share) * distilled) // distillation.distill_batch
+    per_epoch = int((1 - distillation.validation_share) * images.distilled) // distillation.distill_batch
     steps = len(distillation.distill_res) * distillation.distill_epochs * per_epoch
-    forwards = train * backbone.num_views + test if settings.of != "sa1b" else 0
-    forwards += distilled * (len(distillation.distill_res) - (0 if settings.of == "sa1b" else 1))
+    further = len(distillation.distill_res) - (0 if images.elsewhere else 1)
+    forwards = images.train * backbone.num_views + images.test + images.distilled * further
+    trained = episodic.steps or episodic.epochs * images.train // episodic.batch
     costs: dict[str, tuple[int, str, float | None]] = {
         "encoder": (forwards, "images", settings.encoder_rate),
-        "teacher": (distilled, "images", settings.teacher_rate),
+        "teacher": (images.distilled, "images", settings.teacher_rate),
         "distillation": (steps, "steps", settings.distill_rate),
+        "training, each fold and model (at most)": (trained if images.train else 0, "steps", settings.train_rate),
     }
-    if settings.of != "sa1b":
-        trained = episodic.steps or episodic.epochs * train // episodic.batch
-        costs["training, each fold and model (at most)"] = (trained, "steps", settings.train_rate)
     return {
         what: (amount, unit, rate, None if rate is None else round(amount / rate / 3600, 2))
         for what, (amount, unit, rate) in costs.items()
+        if amount
     }
 
 

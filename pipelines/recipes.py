@@ -74,7 +74,7 @@ class Backbone:
     encoder: str
     """dinov2_vit{s,b,l,g}14, the same with _reg, dinov3_vit{s,b,l}16, tf_efficientnet_lite0..2 or tiny_vit."""
     res: Side
-    """Side of the square input, in pixels."""
+    """Side of the student's square input, in pixels; a teacher with a side of its own (SAM: 1024) sees that instead."""
     num_views: Few
     """Views of each training image: 1 is the photograph alone, further ones are augmented."""
     encoder_weights: Weights | None = None
@@ -217,7 +217,7 @@ class Benchmark:
     align_corners: bool | None = None
     """Enlarge logits with corners aligned, as most published code does; none: as the protocol says."""
     scores_void: bool | None = None
-    """Score void as background, as published maps of COCO, which know no crowds, make it; none: as the protocol
+    """Score void as background, as the published COCO maps do, which have no crowd regions; none: as the protocol
     says."""
 
 

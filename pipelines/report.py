@@ -15,7 +15,7 @@ from typing import Any
 from fsdino.errors import UserError
 from pipelines.checks import Folder, TrackingUri
 from pipelines.cli import main
-from pipelines.tables import Method
+from pipelines.tables import Group, Method
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,6 @@ class Settings:
     """Folder for report.md and report.html."""
     dataset: str | None = None
     """Evaluations of this data set alone."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Evaluations that are comparable: one data set, protocol, number of shots and episodes."""
-
-    dataset: str
-    protocol: str
-    shots: str
-    fusion: str
-    episodes: str
-    absent: bool
-    methods: dict[str, Method]
-
-    @property
-    def title(self) -> str:
-        """In words."""
-        vote = ", by vote" if self.fusion == "vote" else ""
-        return f"{self.dataset}, {self.protocol}, {self.shots}-shot{vote}, {self.episodes} episodes"
 
 
 def job(settings: Settings) -> dict[str, Any]:

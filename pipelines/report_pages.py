@@ -2,16 +2,13 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from fsdino.errors import Fault, UserError
 from pipelines import page, panels, tables, tracking
-from pipelines.tables import Method, Table
+from pipelines.tables import Group, Method, Table
 
-if TYPE_CHECKING:
-    from pipelines.report import Group
-
-PASCAL, COCO, FSS, DAVIS = ("pascal-5i",), ("coco-20i", "coco-20i-2017"), ("fss-1000",), ("davis-2017", "davis-2016")
+PASCAL, COCO, FSS, DAVIS = "pascal-5i", "coco-20i", "fss-1000", "davis-2017"
+PUBLISHED_SPLIT = "1 published"  # of FSS-1000's classes
 TITLE = "Few-shot segmentation: this project's runs beside the published ones"
 ABOUT = (
     "mIoU (FB-IoU) in percent, mean and standard deviation over test seeds where there are several; a dash is a cell "
@@ -20,7 +17,7 @@ ABOUT = (
 GRID = ("prototype", "compact", "4d")
 
 
-def markdown(groups: Sequence["Group"]) -> str:
+def markdown(groups: Sequence[Group]) -> str:
     """The report in Markdown."""
     parts = [f"# {TITLE}", ABOUT]
     for title, cells in sections(groups):
@@ -29,7 +26,7 @@ def markdown(groups: Sequence["Group"]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def html(groups: Sequence["Group"], tracking_uri: str) -> str:
+def html(groups: Sequence[Group], tracking_uri: str) -> str:
     """The report as a page, with charts and pictures."""
     parts = [page.paragraph(ABOUT)]
     for title, cells in sections(groups):
@@ -44,17 +41,18 @@ def html(groups: Sequence["Group"], tracking_uri: str) -> str:
     return page.page(TITLE, parts)
 
 
-def sections(groups: Sequence["Group"]) -> list[tuple[str, Table]]:
+def sections(groups: Sequence[Group]) -> list[tuple[str, Table]]:
     """Every table under its title: the paper's four, then each group of runs."""
     found = []
-    for number, names in ((1, PASCAL), (2, COCO)):
-        protocols = sorted({g.protocol for g in groups if g.dataset in names and not g.absent}) or ["hdmnet"]
+    for number, name in ((1, PASCAL), (2, COCO)):
+        protocols = sorted({g.protocol for g in groups if g.dataset == name and not g.absent}) or ["hdmnet"]
         for protocol in protocols:
-            one, five = (_of(groups, names, shots, protocol) for shots in ("1", "5"))
+            one, five = (_of(groups, name, shots, protocol) for shots in ("1", "5"))
             found.append((f"{tables.title_of(number)}, {protocol}", tables.folds_table(number, one, five, protocol)))
-    found.append((tables.title_of(3), tables.transfer_table(_of(groups, FSS, "1"), _of(groups, DAVIS, "1"))))
-    ablated = next((names for names in (COCO, PASCAL) if _of(groups, names, "1", "hdmnet")), PASCAL)
-    found.append((tables.title_of(4), tables.ablation_table(_of(groups, ablated, "1", "hdmnet"), ablated[0])))
+    fss = {n: m for n, m in _of(groups, FSS, "1").items() if m.identity.get("folds") == PUBLISHED_SPLIT}
+    found.append((tables.title_of(3), tables.transfer_table(fss, _of(groups, DAVIS, "1"))))
+    ablated = next((name for name in (COCO, PASCAL) if _of(groups, name, "1", "hdmnet")), PASCAL)
+    found.append((tables.title_of(4), tables.ablation_table(_of(groups, ablated, "1", "hdmnet"), ablated)))
     for group in groups:
         if group.absent:
             found.append((_group_title(group), tables.absent(group.title, group.methods, _folds(group))))
@@ -65,7 +63,7 @@ def sections(groups: Sequence["Group"]) -> list[tuple[str, Table]]:
     return found
 
 
-def videos(group: "Group") -> Table:
+def videos(group: Group) -> Table:
     """J, F, their recall and decay."""
     columns = ("j_and_f", "j", "j_recall", "j_decay", "f", "f_recall", "f_decay")
     table = [[group.title, *(name.replace("_and_", "&").replace("_", " ") for name in columns)]]
@@ -74,39 +72,44 @@ def videos(group: "Group") -> Table:
     return table
 
 
-def qualitative(groups: Sequence["Group"], tracking_uri: str) -> str | None:
+def qualitative(groups: Sequence[Group], tracking_uri: str) -> str | None:
     """A grid of the first test episodes: support, truth, and what each method predicts; None if no run has pictures."""
     for group in groups:
         chosen = {name: group.methods[name] for name in GRID if name in group.methods}
         shared = set.intersection(*(set(m.runs) for m in chosen.values())) if len(chosen) > 1 else set()
         if group.absent or group.shots != "1" or not shared:
             continue
-        fold = min(shared)
+        fold, seed = min(shared)
         try:
             pictures = {
-                name: tracking.picture_of(tracking_uri, method.runs[fold], "panels/test.png")
+                name: tracking.picture_of(tracking_uri, method.runs[fold, seed], "panels/test.png")
                 for name, method in chosen.items()
             }
         except (Fault, UserError) as error:
             print(f"note: no pictures of {group.title}: {error}", file=sys.stderr)
             continue
-        caption = f"{group.title}, fold {fold}: support, truth, {', '.join(chosen)}"
+        caption = f"{group.title}, fold {fold}, seed {seed}: support, truth, {', '.join(chosen)}"
         return page.picture(panels.beside(pictures), caption)
     return None
 
 
-def _of(groups: Sequence["Group"], names: Sequence[str], shots: str, protocol: str | None = None) -> dict[str, Method]:
-    """Methods on one of the data sets, of the largest test."""
-    comparable = [g for g in groups if not g.absent and g.fusion != "vote" and protocol in (None, g.protocol)]
-    fitting = [g for g in comparable if g.dataset in names and g.shots == shots]
-    return max(fitting, key=lambda g: int(g.episodes)).methods if fitting else {}
+def _of(groups: Sequence[Group], name: str, shots: str, protocol: str | None = None) -> dict[str, Method]:
+    """Methods on a data set, of the largest test; those that vote have rows of their own."""
+    found: dict[str, Method] = {}
+    for fusion, suffix in (("vote", " by vote"), ("average", ""), ("None", "")):
+        comparable = [g for g in groups if not g.absent and protocol in (None, g.protocol)]
+        fitting = [g for g in comparable if (g.dataset, g.shots, g.fusion) == (name, shots, fusion)]
+        if fitting:
+            largest = max(fitting, key=lambda g: int(g.episodes))
+            found |= {f"{method}{suffix}": of for method, of in largest.methods.items()}
+    return found
 
 
-def _group_title(group: "Group") -> str:
+def _group_title(group: Group) -> str:
     return ("Absent objects: " if group.absent else "Runs: ") + group.title
 
 
-def _measure(group: "Group") -> str:
+def _measure(group: Group) -> str:
     if group.absent:
         return "empty"
     return "miou" if "miou" in _any(group.methods) else "j_and_f"
@@ -118,6 +121,6 @@ def _any(methods: Mapping[str, Method]) -> dict[str, float]:
     return next(iter(next(iter(method.folds.values())).values()))
 
 
-def _folds(group: "Group") -> int:
+def _folds(group: Group) -> int:
     """Number of folds that the table shows."""
-    return 4 if group.dataset in (*PASCAL, *COCO) else 1 + max(int(f) for m in group.methods.values() for f in m.folds)
+    return 4 if group.dataset in (PASCAL, COCO) else 1 + max(int(f) for m in group.methods.values() for f in m.folds)

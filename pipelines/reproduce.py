@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from feature_store.urls import local_path
+from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
 from pipelines import datasets, sequence, tables
 from pipelines.checks import check_batch
@@ -25,6 +26,12 @@ def job(settings: Settings) -> dict[str, Any]:
     """Check what can be checked, run the steps, then print a table for each number of shots."""
     settings = sequence.asked(settings)
     dataset = datasets.dataset_of(settings.places)
+    wanted = {1: "pascal-5i", 2: "coco-20i"}.get(settings.table or 0, dataset.name)
+    if dataset.name != wanted:
+        raise UserError(f"--table {settings.table}: expected {wanted} at --data, got {dataset.name}")
+    for _, kind, place in sequence.TRANSFER:
+        if settings.table == 3 and getattr(settings, place) is not None:
+            open_dataset(getattr(settings, place), kind)
     for fold in settings.folds:
         dataset.novel(fold)
     if not settings.folds or not settings.shots:

@@ -1,7 +1,5 @@
 """Running test episodes and counting them: the work of `evaluate`, in this process or in several at once."""
 
-import copy
-import functools
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,12 +19,13 @@ from tqdm import tqdm
 from fsdino import paper
 from fsdino.data.episodes import Episode
 from fsdino.data.views import draw_view
+from fsdino.matching import positional_basis
 from fsdino.metrics import Counts, FewShotScore, count
 from fsdino.segmenter import Prediction
 from fsdino.state import sam_prompt_state
 from pipelines import checkpoints, cluster, live, methods, panels
 from pipelines.loading import EpisodeLoader, Features
-from pipelines.networks import MethodPlan, ScoringPlan
+from pipelines.scoring_plan import MethodPlan, ScoringPlan
 
 BATCH = 8
 CHUNK = 8 * BATCH  # episodes of one Ray task
@@ -55,7 +54,7 @@ def built(plan: MethodPlan, device: torch.device, precision: str) -> methods.Met
         encoder = live.built(plan.backbone, device)
         with torch.inference_mode():
             blank = encoder(live.blank(encoder, plan.backbone.res).to(device)).late[0]
-        return methods.matching(methods.basis_of(blank))
+        return methods.matching(positional_basis(blank))
     if plan.name == "peak":
         assert plan.sam_decoder is not None
         state = sam_prompt_state(plan.sam_decoder, plan.decoder_weights)
@@ -101,21 +100,18 @@ class Scorer:
     def picture(self, seed: int, indices: Sequence[int]) -> Image.Image:
         """A panel of episodes."""
         episodes = [self.episode(seed, index) for index in indices]
-        predicted = methods.predict(self.method, self.loader.load(episodes).to(self.device), vote=False)
+        predicted = methods.predict(self.method, self.loader.load(episodes).to(self.device), self.job.vote)
+        if predicted.mask_logits.shape[1] > 1:
+            masks = [torch.from_numpy(voted(maps.float().cpu().numpy() > 0)) for maps in predicted.mask_logits]
+            predicted = Prediction(predicted.prior_logits, torch.stack(masks)[:, None].float() - 0.5)
         return panels.episodes(self.job.dataset, self.loader.view_seed, episodes, predicted)
 
     def episode(self, seed: int, index: int) -> Episode:
         """The episode of an index."""
         assert self.job.sampler is not None
-        sampler = copy.copy(self.job.sampler)
-        sampler.seed = seed
-        return sampler.absent(index, self.lacking) if self.job.absent else sampler.episode(index)
-
-    @functools.cached_property
-    def lacking(self) -> dict[str, list[int]]:
-        """Test images that lack a class of the fold, and which."""
-        assert self.job.sampler is not None
-        return self.job.sampler.lacking(self.job.dataset.class_pixels("val"))
+        if self.job.lacking is not None:
+            return self.job.sampler.absent(index, self.job.lacking, seed)
+        return self.job.sampler.episode(index, seed)
 
     def _predicted(self, seed: int, indices: Sequence[int]) -> Iterator[tuple[list[int], list[Episode], Prediction]]:
         numbers = [list(indices[at : at + BATCH]) for at in range(0, len(indices), BATCH)]
@@ -133,14 +129,14 @@ class Scorer:
     def _counted(self, number: int, episode: Episode, logits: Tensor) -> EpisodeScore:
         job, rules = self.job, self.job.rules
         label = job.dataset.mask(episode.query, episode.class_id)
+        if rules.scores_void:
+            label = np.where(label == paper.VOID, 0, label).astype(np.uint8)
         view = draw_view(self.loader.view_seed, episode.query, episode.views[0])
         if rules.scored_at == "square":
             label = view.label(label, job.method.backbone.res)
             maps = enlarged(logits, label.shape, label.shape, rules.align_corners)
         else:
             maps = enlarged(logits, view.extent(label.shape), label.shape, rules.align_corners)
-        if rules.scores_void:
-            label = np.where(label == paper.VOID, 0, label).astype(np.uint8)
         mask = voted(maps.numpy() > 0)
         if job.masks:
             name = f"{number:05d}_{episode.class_id}_{episode.query.replace('/', '_')}.png"
@@ -187,18 +183,24 @@ def scorer_of(job: ScoringPlan) -> Scorer:
     return _scorers[0]
 
 
+def drop_scorer() -> None:
+    """Let go of the scorer's network and features."""
+    _scorers.clear()
+
+
 _scorers: list[Scorer] = []
 
 
 def _by_actors(job: ScoringPlan, seed: int, chunks: Sequence[range], tasks: int) -> Iterator[list[EpisodeScore]]:
     """Chunks by Ray actors, each as it is done."""
     gpus = 1.0 if job.device.gpu else 0.0
-    cluster.connect({"CPU": tasks, "GPU": gpus * tasks}, f"{tasks} tasks", "lower --tasks")
+    wanted = {"CPU": job.task_cpus * tasks, "GPU": gpus * tasks}
+    cluster.connect(wanted, f"{tasks} tasks", "lower --tasks or --task-cpus")
     import ray
     from ray.util import ActorPool
 
     shared = ray.put(job)
-    actors = [ray.remote(num_cpus=1, num_gpus=gpus)(_Actor).remote(shared) for _ in range(tasks)]
+    actors = [ray.remote(num_cpus=job.task_cpus, num_gpus=gpus)(_Actor).remote(shared) for _ in range(tasks)]
     with cluster.faults():
         outcomes = ActorPool(actors).map_unordered(lambda actor, chunk: actor.score.remote(seed, chunk), list(chunks))
         for outcome in outcomes:
@@ -209,7 +211,7 @@ class _Actor:
     """A scorer of its own; expected errors travel as outcomes."""
 
     def __init__(self, job: ScoringPlan):
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, int(job.task_cpus)))
         self.job = job
 
     def score(self, seed: int, chunk: range) -> Any:
@@ -221,7 +223,7 @@ class _Actor:
 def result_of(job: ScoringPlan, scores: Sequence[EpisodeScore]) -> dict[str, Any]:
     """`miou`, `fb_iou`, `boundary_iou` in [0, 1] and `per_class` (class name to IoU); for absent objects `empty`, the
     share of masks that are rightly empty, and `false_area`, the mean share of the image that is wrongly not."""
-    if job.absent:
+    if job.lacking is not None:
         return {
             "empty": round(float(np.mean([s.counts.predicted == 0 for s in scores])), 6),
             "false_area": round(float(np.mean([s.counts.predicted / s.pixels for s in scores])), 6),

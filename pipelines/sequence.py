@@ -16,9 +16,11 @@ from typing import Any, Literal, TextIO
 from tqdm import tqdm
 
 from fsdino.config import SegmenterConfig
+from fsdino.data.protocols import protocol_of
 from fsdino.errors import UserError
+from fsdino.kinds import Kind
 from pipelines.checks import Few, Fold, Place
-from pipelines.recipes import Photographs, Recipe, RecipeName
+from pipelines.recipes import Photographs, Recipe, RecipeName, Testing
 
 Method = Literal["prototype", "two-prototype", "nearest", "matching", "peak"]
 
@@ -34,7 +36,7 @@ class Study(Recipe):
     """Supports in a test episode; each number is a table."""
     variants: tuple[Literal["compact", "4d"], ...] = ("compact", "4d")
     """Models to train in each fold."""
-    methods: tuple[Method, ...] = ("prototype", "two-prototype", "nearest")
+    methods: tuple[Method, ...] = ("prototype", "two-prototype", "nearest", "matching")
     """Baselines without training to score beside them."""
     table: Literal[1, 2, 3, 4] | None = None
     """Run what a table of the paper needs, whatever the flags above say: 1 and 2, all folds, 1- and 5-shot; 3, the
@@ -45,6 +47,8 @@ class Study(Recipe):
     """DAVIS-17, for table 3."""
 
 
+TRANSFER: tuple[tuple[str, Kind, str], ...] = (("FSS-1000", "fss1000", "fss"), ("DAVIS-17", "davis2017", "davis"))
+"""Data sets of table 3: name, kind, and the setting with the place."""
 Results = dict[str, dict[str, Any]]
 
 
@@ -99,8 +103,10 @@ def plan(study: Study) -> list[Step]:
 def asked(study: Study) -> Study:
     """The study with what its table needs."""
     folds = tuple(range(4))
+    seeds = max(study.testing.seeds, protocol_of(study.benchmark.protocol).seeds)
     if study.table in (1, 2):
-        return replace(study, folds=folds, shots=(1, 5), variants=("compact", "4d"))
+        testing = replace(study.testing, seeds=seeds)
+        return replace(study, folds=folds, shots=(1, 5), variants=("compact", "4d"), testing=testing)
     if study.table == 3:
         if study.fss is None and study.davis is None:
             raise UserError("--table 3: expected the folder of FSS-1000 (--fss), of DAVIS-17 (--davis), or both")
@@ -123,11 +129,14 @@ def models_of(study: Study) -> dict[str, SegmenterConfig]:
 def _transfer(study: Study, name: str, fold: int, own: dict[str, Any], trained: str | None = None) -> list[Step]:
     """Scores on the data sets of table 3, features straight from their images."""
     steps = []
-    for label, place in (("FSS-1000", study.fss), ("DAVIS-17", study.davis)):
-        if place is not None:
-            places = replace(study.places, data=place, dataset=None, train_list=None, test_list=None)
-            testing = replace(study.testing, seeds=1, episodes=None) if label == "DAVIS-17" else study.testing
-            here = {**own, "places": places, "testing": testing, "from_images": True}
+    for label, kind, place in TRANSFER:
+        if getattr(study, place) is not None:
+            places = replace(study.places, data=getattr(study, place), dataset=kind, train_list=None, test_list=None)
+            testing = Testing(test_seed=study.testing.test_seed)
+            if label == "FSS-1000":
+                testing = replace(study.testing, episodes=None)
+            benchmark = replace(study.benchmark, pairs=None)
+            here = {**own, "places": places, "testing": testing, "benchmark": benchmark, "from_images": True}
             steps.append(_score(name, 0, 1, here, trained, f"score {name}, trained on fold {fold}, on {label}"))
     return steps
 

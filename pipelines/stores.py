@@ -107,16 +107,16 @@ def without_quarantined(images: Mapping[str, T], stores: Iterable[FeatureStore |
     return {image_id: classes for image_id, classes in images.items() if image_id not in bad}
 
 
-def check_images(images: Iterable[str], *stores: FeatureStore | None) -> None:
-    """Raise UserError if a store lacks one of the images, or was computed from another photograph than the first."""
-    opened = [store for store in stores if store is not None]
+def check_images(images: Iterable[str], view: int, *opened: FeatureStore) -> None:
+    """Raise UserError if a store lacks one of the images under a view, or was computed from another photograph than the
+    first."""
     stamps = [dict(zip((row[:2] for row in store.samples), store.stamps, strict=True)) for store in opened]
     for image_id in images:
         for store, known in zip(opened, stamps, strict=True):
             command = f"`python -m pipelines.{COMMANDS[store.fingerprint.feature]}"
-            if (image_id, 0) not in known:
+            if (image_id, view) not in known:
                 raise UserError(f"{store.url}: image {image_id!r} is not in it; run {command}`, which adds it")
-            if not same_file(known[image_id, 0], stamps[0][image_id, 0], moved=True):
+            if not same_file(known[image_id, view], stamps[0][image_id, view], moved=True):
                 raise UserError(
                     f"{store.url}: image {image_id!r} is another photograph than in {opened[0].url}; run {command} "
                     "--refresh`"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.published import BENCHMARKS, ROWS, Published
+from pipelines.published import ABSENT, BENCHMARKS, ROWS, Published
 
 OF_A_FOLD = (
     "fold",
@@ -18,6 +18,7 @@ OF_A_FOLD = (
     "test_seed",
     "trained.fold",
     "trained.images",
+    "trained.steps",
     "trained.labels",
     "trained.features",
     "trained.base_images",
@@ -25,6 +26,8 @@ OF_A_FOLD = (
     "trained.validation",
 )
 """What may differ within a row."""
+OF_THE_SAME = ("checkpoint", "images", "labels", "features")
+"""What all seeds of a fold share."""
 MOST_NAMED = 3  # differences in a row's name
 MISSING = "-"
 
@@ -37,10 +40,10 @@ class Method:
 
     identity: dict[str, str]
     folds: dict[str, dict[str, Scores]] = field(default_factory=dict)
-    checkpoints: dict[str, str] = field(default_factory=dict)
-    """Fold to the checkpoint that is shown."""
-    runs: dict[str, str] = field(default_factory=dict)
-    """Fold to a run in MLflow."""
+    scored: dict[str, str] = field(default_factory=dict)
+    """Fold to the checkpoint and images that are shown."""
+    runs: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Fold and seed to a run in MLflow."""
 
     def cell(self, fold: str, measure: str) -> tuple[float, float | None]:
         """Mean and standard deviation over the seeds of a fold."""
@@ -67,6 +70,7 @@ def gather(tracking_uri: str, **asked: Any) -> dict[str, Method]:
     from pipelines import tracking
 
     methods: dict[tuple[tuple[str, str], ...], Method] = {}
+    several: set[str] = set()
     earlier = 0
     for run in tracking.runs(tracking_uri, "evaluate"):  # newest first
         params, metrics = run["params"], run["metrics"]
@@ -79,12 +83,14 @@ def gather(tracking_uri: str, **asked: Any) -> dict[str, Method]:
         method = methods.setdefault(tuple(identity.items()), Method(identity))
         transferred = params.get("trained.dataset", "None") not in ("None", params["dataset"])
         fold, seed = params["trained.fold" if transferred else "fold"], params["test_seed"]
-        checkpoint = method.checkpoints.setdefault(fold, params["checkpoint"])
-        if checkpoint != params["checkpoint"]:
-            print(f"{params['method']}, fold {fold}: several checkpoints; the newest is shown", file=sys.stderr)
+        scored = " ".join(str(params.get(key)) for key in OF_THE_SAME)
+        if method.scored.setdefault(fold, scored) != scored:
+            several.add(f"{params['method']}, fold {fold}: several checkpoints or images; the newest are shown")
             continue
-        method.runs.setdefault(fold, run["run_id"])
+        method.runs.setdefault((fold, seed), run["run_id"])
         method.folds.setdefault(fold, {}).setdefault(seed, {key: round(value, 6) for key, value in metrics.items()})
+    for line in sorted(several):
+        print(line, file=sys.stderr)
     if earlier:
         print(f"{earlier} evaluations of an earlier release are left out; rerun evaluate", file=sys.stderr)
     return named(list(methods.values()))
@@ -133,13 +139,35 @@ def scores(title: str, methods: Mapping[str, Method], num_folds: int = 4) -> Tab
 
 
 def absent(title: str, methods: Mapping[str, Method], num_folds: int = 4) -> Table:
-    """Share of rightly empty masks, in percent."""
+    """Share of rightly empty masks, in percent; published ones behind ours."""
     folds = [str(fold) for fold in range(num_folds)]
     table = [[f"{title}, rightly empty masks", *(f"fold {fold}" for fold in folds), "mean"]]
     for name, method in sorted(methods.items(), key=lambda entry: entry[1].mean("empty")[0]):
         cells = [percent(method.cell(fold, "empty")) if fold in method.folds else MISSING for fold in folds]
         table.append([name, *cells, percent(method.mean("empty")) if set(folds) <= set(method.folds) else MISSING])
+    for row in ABSENT:
+        about = f"{row.method}, {row.encoder} ({row.note}; {row.source})"
+        table.append([about, *[MISSING] * num_folds, _plain(row.one[0])])
     return table
+
+
+@dataclass(frozen=True)
+class Group:
+    """Evaluations that are comparable: one data set, protocol, number of shots and episodes."""
+
+    dataset: str
+    protocol: str
+    shots: str
+    fusion: str
+    episodes: str
+    absent: bool
+    methods: dict[str, Method]
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        vote = ", by vote" if self.fusion == "vote" else ""
+        return f"{self.dataset}, {self.protocol}, {self.shots}-shot{vote}, {self.episodes} episodes"
 
 
 def folds_table(number: int, one: Mapping[str, Method], five: Mapping[str, Method], protocol: str) -> Table:
@@ -179,7 +207,7 @@ def ablation_table(methods: Mapping[str, Method], dataset: str) -> Table:
     for row in _published(4):
         table.append([row.method, "COCO-20i", *(_plain(value) for value in row.one), _source(row)])
     for name, method in sorted(methods.items(), key=lambda entry: entry[1].mean("miou")[0]):
-        if method.identity.get("trained.fold") != "None" and "model.variant" in method.identity:
+        if "model.variant" in method.identity:
             means = [percent(method.mean(measure)) for measure in ("miou", "fb_iou")]
             folds = "" if len(method.folds) == 4 else f", folds {' '.join(sorted(method.folds))}"
             table.append([f"**{parts(name, method)}**{folds}", dataset, *means, "this report"])

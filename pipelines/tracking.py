@@ -138,7 +138,8 @@ class Run:
             for name, data in list(unsent.pictures.items()):
                 path = Path(folder) / Path(name).name
                 path.write_bytes(data)
-                self.client.log_artifact(self.run_id, str(path), str(Path(name).parent))
+                folder_of = str(Path(name).parent)
+                self.client.log_artifact(self.run_id, str(path), None if folder_of == "." else folder_of)
                 del unsent.pictures[name]
         for name, url in list(unsent.folders.items()):
             with tempfile.TemporaryDirectory() as folder:

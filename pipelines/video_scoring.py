@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fsdino.data.davis import DavisDataset, Video
+from fsdino.data.views import draw_view
 from fsdino.video import boundary_f, jaccard, share_pixels, statistics
-from pipelines.networks import ScoringPlan
 from pipelines.scoring import Scorer, enlarged
+from pipelines.scoring_plan import ScoringPlan
 
 BATCH = 8
 
@@ -69,8 +70,9 @@ def score(plan: ScoringPlan) -> dict[str, Any]:
 def _video(scorer: Scorer, dataset: DavisDataset, video: Video) -> dict[str, tuple[list[float], list[float]]]:
     """J and F of every object in all frames but the first and the last."""
     plan, loader = scorer.job, scorer.loader
+    view = draw_view(loader.view_seed, video.frames[0], plan.rules.test_view)
     late = _features(scorer, video.frames[:1])[0][0]
-    drawn = [loader.mask(video.frames[0], 0, class_id) == 1 for class_id in video.objects]
+    drawn = [loader.mask(video.frames[0], plan.rules.test_view, class_id) == 1 for class_id in video.objects]
     masks = torch.from_numpy(np.array(drawn)).float().to(scorer.device)
     supports = Supports(plan, late, masks)
     encodings = None
@@ -87,7 +89,8 @@ def _video(scorer: Scorer, dataset: DavisDataset, video: Video) -> dict[str, tup
         for position, frame in enumerate(part):
             truths = [dataset.mask(frame, class_id) == 1 for class_id in video.objects]
             size = truths[0].shape
-            large = enlarged(logits[position], size, size, plan.rules.align_corners).cpu().numpy()
+            extent = view.extent(size)
+            large = enlarged(logits[position], extent, size, plan.rules.align_corners).cpu().numpy()
             owner = share_pixels(large)
             for number, (class_id, truth) in enumerate(zip(video.objects, truths, strict=True), start=1):
                 j, f = found[dataset.class_names[class_id - 1]]
@@ -96,23 +99,23 @@ def _video(scorer: Scorer, dataset: DavisDataset, video: Video) -> dict[str, tup
             if plan.masks:
                 _save(Path(plan.masks), frame, owner)
             if plan.memory:
-                _remember(supports, features[position], large, owner, masks.shape[-1], plan.memory_confidence)
+                if confident(large, owner, plan.memory_confidence):
+                    own = [(owner == number).astype(np.uint8) for number in range(1, len(large) + 1)]
+                    shown = np.array([view.label(mask, masks.shape[-1]) == 1 for mask in own])
+                    supports.add(features[position], torch.from_numpy(shown).float().to(scorer.device))
     return found
 
 
-def _remember(supports: Supports, late: Tensor, logits: np.ndarray, owner: np.ndarray, side: int, least: float) -> None:
-    """Keep a frame that is sure of every object it found, if it found any."""
+def confident(logits: np.ndarray, owner: np.ndarray, least: float) -> bool:
+    """Whether a frame is sure of every object that it found, and found one: mean probability over each one's pixels."""
     found = [number for number in range(1, len(logits) + 1) if (owner == number).any()]
     sure = [float((1 / (1 + np.exp(-logits[number - 1][owner == number]))).mean()) for number in found]
-    if found and min(sure) >= least:
-        small = np.asarray(Image.fromarray(owner.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST))
-        masks = np.stack([small == number for number in range(1, len(logits) + 1)])
-        supports.add(late, torch.from_numpy(masks).float().to(late.device))
+    return bool(found) and min(sure) >= least
 
 
 def _features(scorer: Scorer, frames: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     """Late features of frames, and what queries bring besides."""
-    views = [0] * len(frames)
+    views = [scorer.job.rules.test_view] * len(frames)
     loader = scorer.loader
 
     def read(features: Any) -> Tensor:

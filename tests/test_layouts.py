@@ -97,6 +97,27 @@ def test_a_damaged_matlab_file_is_named(voc_and_sbd):
         open_dataset(str(voc)).label("2009_000000")
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:-9] + b"x" * 9]
+)
+def test_any_damage_of_a_matlab_file_is_the_files(voc_and_sbd, damage):
+    voc, sbd = voc_and_sbd
+    path = sbd / "cls" / "2009_000000.mat"
+    savemat(path, {"GTcls": {"Segmentation": disc(value=7).astype(np.uint8)}}, do_compression=True)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"2009_000000.mat: expected SBD's label"):
+        open_dataset(str(voc)).label("2009_000000")
+
+
+def test_vocs_own_labels_alone_can_be_tested(voc_and_sbd):
+    voc, sbd = voc_and_sbd
+    shutil.rmtree(sbd)
+    dataset = open_dataset(str(voc))
+    assert np.array_equal(dataset.label("2007_000000"), disc(value=3))
+    with pytest.raises(UserError, match=r"train_aug.txt: expected a list of images, found none; .* SBD"):
+        dataset.ids("train")
+
+
 # ---- FSS-1000
 
 
@@ -246,6 +267,22 @@ def test_a_folder_of_masks_by_class_which_may_overlap(own):
     assert not dataset.mask("n1", 1).any() and dataset.mask("n1", 1).shape == (30, 40)
 
 
+def test_masks_that_change_or_are_added_are_seen_and_those_of_no_photograph_told(own):
+    by_class(own)
+    before = open_dataset(str(own)).class_pixels("val") | open_dataset(str(own)).class_pixels("train")
+    mask(own / "masks" / "wal" / "n1.png", disc(value=255, top=2) | disc(value=255, top=15))
+    mask(own / "masks" / "wal" / "n4.png", disc(value=255))
+    mask(own / "masks" / "wal" / "ghost.png", disc(value=255))
+    dataset = open_dataset(str(own))
+    after = dataset.class_pixels("val") | dataset.class_pixels("train")
+    assert before["n1"] == {2: 150} and after["n1"] == {2: 300}
+    assert before["n4"] == {1: 150} and after["n4"] == {1: 150, 2: 150}
+    assert dataset.notes() == [f"{own}/masks: 1 masks are of no photograph in images (the first: ['ghost'])"]
+    photograph(own / "images" / "n1.jpg")
+    with pytest.raises(UserError, match=r"images: expected one photograph for each name, got n1"):
+        open_dataset(str(own))
+
+
 def test_a_folder_with_cocos_json(own):
     from tests.test_coco import annotation, box, write
 
@@ -257,6 +294,9 @@ def test_a_folder_with_cocos_json(own):
     dataset = open_dataset(str(own))
     assert dataset.class_names == ["hazel", "wal"] and dataset.class_pixels("val")
     assert np.array_equal(dataset.mask("deep/n7", 1), disc())
+    (own / "images" / "n3.png").unlink()
+    found = "\n".join(inspect(open_dataset(str(own))).problems)
+    assert "images/n3.jpg: expected an image file, found nothing there" in found
 
 
 def test_lists_of_ones_own_split_a_folder(own):

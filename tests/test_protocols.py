@@ -105,11 +105,17 @@ def test_hsnets_rule_counts_pixels_on_a_grid_and_keeps_images_with_novel_ones():
 
 def test_what_a_protocol_says_of_coco_differs():
     dataset = Counted()
-    dataset.name = "coco-20i"
+    dataset.is_coco = True
     assert (HDMNET.of(dataset).episodes, HSNET.of(dataset).episodes) == (10_000, 1000)
     assert (HSNET.of(dataset).order, HSNET.of(dataset).min_pixels) == ("classes", 2048)
-    dataset.name = "pascal-5i"
-    assert HDMNET.of(dataset) is not None and HSNET.of(dataset) == HSNET
+    dataset.is_coco = False
+    assert (HDMNET.of(dataset), HSNET.of(dataset)) == (HDMNET, HSNET) and (HDMNET.seeds, HSNET.seeds) == (10, 1)
+
+
+def test_a_base_class_whose_images_all_show_a_novel_one_is_left_out_rather_than_refused():
+    pixels = {"a": {6: 5000, 1: 9}, "b": {6: 5000, 2: 9}, "c": {7: 5000, 6: 3}, "d": {7: 5000}}
+    listed = HDMNET.training_images(Counted(pixels), 0)
+    assert listed == {"c": ImageClasses((7,), (7,)), "d": ImageClasses((7,), (7,))}
 
 
 @pytest.mark.real_data

@@ -70,7 +70,7 @@ def test_of_two_checkpoints_of_a_fold_the_newest_is_shown_and_that_is_said(uri, 
     log(uri, 0, 0.5)
     log(uri, 0, 0.6, checkpoint="retrained")
     assert gather(uri) == {"4d": {"0": 0.6}}
-    assert "4d, fold 0: several checkpoints; the newest is shown" in capsys.readouterr().err
+    assert "4d, fold 0: several checkpoints or images; the newest are shown" in capsys.readouterr().err
 
 
 def test_a_report_on_nothing_is_a_users_mistake(uri):

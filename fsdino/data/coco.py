@@ -35,6 +35,7 @@ class CocoDataset(LabelledDataset):
 
     kinds = ("coco2014", "coco2017")
     layout = "annotations/instances_{train,val}YEAR.json, trainYEAR and valYEAR"
+    is_coco = True
 
     def __init__(self, root: Source, kind: Kind):
         super().__init__(root, kind)
@@ -95,7 +96,7 @@ class CocoDataset(LabelledDataset):
 
     def _place(self, image_id: str) -> tuple[Split, int]:
         for split in SPLITS:
-            if image_id in self._numbers(split):
+            if _json(self.root, split, self.year).exists() and image_id in self._numbers(split):
                 return split, self._numbers(split)[image_id]
         raise DataError(f"{self.root}: image {image_id!r} is in no annotations of {self.year}; correct the list")
 

@@ -41,6 +41,8 @@ class Dataset(ABC):
     """Lists that it has."""
     min_pixels: int | None = None
     """Labelled pixels from which an image is listed for a class, whatever the protocol says."""
+    is_coco: bool = False
+    """Whether it is COCO, for which protocols have numbers of their own."""
     each_image_once: bool = False
     """Whether a test is each image of the list once."""
     skip_bad: bool = False
@@ -74,6 +76,10 @@ class Dataset(ABC):
     @abstractmethod
     def label_source(self, image_id: str) -> str:
         """Path or URL of the file that holds the masks."""
+
+    def label_sources(self, image_id: str) -> list[str]:
+        """All files that hold masks of an image."""
+        return [self.label_source(image_id)]
 
     @abstractmethod
     def mask(self, image_id: str, class_id: int) -> UInt8[np.ndarray, "h w"]:
@@ -126,7 +132,7 @@ class Dataset(ABC):
         Raises DataError for a label that cannot be used, or leaves its image out (`skip_bad`).
         """
         ids = self.ids(split)
-        places = list(dict.fromkeys(self.label_source(image_id) for image_id in ids))
+        places = list(dict.fromkeys(place for image_id in ids for place in self.label_sources(image_id)))
         with ThreadPoolExecutor(16) as pool:
             stamps = list(pool.map(_stamp, places))
         described = json.dumps([FORMAT, str(self.root.resolve()), self.name, self.class_names, ids, places, stamps])

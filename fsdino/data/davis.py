@@ -15,6 +15,7 @@ from upath import UPath
 from fsdino import paper
 from fsdino.data.dataset import Dataset, LabelSummary, Split
 from fsdino.data.folds import Folds
+from fsdino.data.masks import binary_label
 from fsdino.errors import DataError, reachable
 from fsdino.kinds import Kind
 from fsdino.preprocess import Source, decoded
@@ -36,11 +37,11 @@ class DavisDataset(Dataset):
     kinds = ("davis2016", "davis2017")
     layout = "JPEGImages/480p, Annotations/480p and ImageSets/YEAR/val.txt"
     min_pixels = 1
+    splits = ("val",)  # its objects are no classes that could be trained
 
     def __init__(self, root: Source, kind: Kind):
         super().__init__(root, kind)
         self.name = kind.replace("davis", "davis-")
-        self.splits = tuple(s for s in ("train", "val") if _list(self.root, kind, s) is not None)
         self._lists: dict[Split, dict[str, tuple[str, ...]]] = {"val": self._frames("val")}
         with reachable(self.root):
             numbers = {video: self._numbers(frames[0]) for video, frames in self._lists["val"].items()}
@@ -57,8 +58,11 @@ class DavisDataset(Dataset):
     @property
     def videos(self) -> list[Video]:
         """Of the val list, in its order."""
-        numbers = {video: tuple(c for c, (of, _) in self._numbered() if of == video) for video in self._lists["val"]}
-        return [Video(video, frames, numbers[video]) for video, frames in self._lists["val"].items()]
+        frames: dict[str, list[str]] = {}
+        for image_id in self.ids("val"):
+            frames.setdefault(image_id.rsplit("/", 1)[0], []).append(image_id)
+        objects = {video: tuple(c for c, (of, _) in self._numbered() if of == video) for video in frames}
+        return [Video(video, tuple(of_video), objects[video]) for video, of_video in frames.items()]
 
     def split_classes(self) -> Folds:
         """See Dataset. One fold, which trains nothing."""
@@ -82,9 +86,7 @@ class DavisDataset(Dataset):
         """See Dataset. An object of another video has no pixel."""
         video, number = self._objects[class_id - 1]
         annotation = self._annotation(image_id)
-        if image_id.rsplit("/", 1)[0] != video:
-            return np.zeros_like(annotation)
-        return np.where(annotation == paper.VOID, paper.VOID, annotation == number).astype(np.uint8)
+        return binary_label(annotation, number) if image_id.rsplit("/", 1)[0] == video else np.zeros_like(annotation)
 
     def summary(self, image_id: str) -> LabelSummary:
         """See Dataset."""
@@ -127,6 +129,8 @@ class DavisDataset(Dataset):
             frames = sorted(name.removesuffix(".jpg") for name in names if name.endswith(".jpg"))
             if not frames:
                 raise DataError(f"{path}: video {video}: expected frames in {folder}, found none; download them")
+            if len(frames) < 3:
+                raise DataError(f"{folder}: expected a video of three frames or more, as its ends are not scored")
             found[video] = tuple(f"{video}/{frame}" for frame in frames)
         if not found:
             raise DataError(f"{path}: expected names of videos, one a line, got none")

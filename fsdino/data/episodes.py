@@ -34,7 +34,7 @@ class Episode:
 
 
 class EpisodeSampler:
-    """Episodes over images that are each annotated with their classes (see Protocol.images).
+    """Episodes over images that are each annotated with their classes (see protocols.py).
 
     By `order`, items are the images, each of whose classes is drawn anew, or `pairs` of an image and a class (the
     images' own, if none are given). Test queries are the items in turn; training queries come in epochs, each a
@@ -99,9 +99,10 @@ class EpisodeSampler:
         """Items of an epoch."""
         return len(self.pairs) or len(self.images)
 
-    def episode(self, index: int) -> Episode:
-        """The episode of that index."""
-        rng = np.random.default_rng([self.seed, self.fold, TRAIN if self.training else TEST, index])
+    def episode(self, index: int, seed: int | None = None) -> Episode:
+        """The episode of that index, of another seed if one is given."""
+        seed = self.seed if seed is None else seed
+        rng = np.random.default_rng([seed, self.fold, TRAIN if self.training else TEST, index])
         query, class_id = self._query(rng, index)
         others = [image_id for image_id in self.by_class[class_id] if image_id != query]
         supports = tuple(others[i] for i in rng.choice(len(others), self.shots, replace=self.repeats_supports))
@@ -122,11 +123,11 @@ class EpisodeSampler:
             raise DataError(f"fold {self.fold}: expected images that lack one of its classes, got none")
         return found
 
-    def absent(self, index: int, lacking: Mapping[str, Sequence[int]]) -> Episode:
+    def absent(self, index: int, lacking: Mapping[str, Sequence[int]], seed: int | None = None) -> Episode:
         """An episode whose query lacks the class: the images of `lacking` in turn, each with one of its classes."""
-        rng = np.random.default_rng([self.seed, self.fold, ABSENT, index])
+        rng = np.random.default_rng([self.seed if seed is None else seed, self.fold, ABSENT, index])
         query = list(lacking)[index % len(lacking)]
-        class_id = lacking[query][rng.integers(len(lacking[query]))]
+        class_id = lacking[query][int(rng.integers(len(lacking[query])))]
         members = self.by_class[class_id]
         supports = tuple(members[i] for i in rng.choice(len(members), self.shots, replace=self.repeats_supports))
         return Episode(class_id, query, supports, (self.test_view,) * (1 + self.shots), (False,) * (1 + self.shots))

@@ -40,11 +40,14 @@ class Folder(Dataset):
         super().__init__(root, kind)
         self.name = self.root.resolve().name
         with reachable(self.root):
-            names = (name for name in _below(self.root / "images") if _suffix(name) in SUFFIXES)
-            self._images = {name.rsplit(".", 1)[0]: name for name in sorted(names)}
+            names = sorted(name for name in _below(self.root / "images") if _suffix(name) in SUFFIXES)
+            self._images = {name.rsplit(".", 1)[0]: name for name in names}
             listed = self.root / "classes.txt"
             self._listed = parse_classes(str(listed), listed.read_bytes()) if listed.exists() else None
             self.class_names = self.names()
+        if len(self._images) < len(names):
+            twice = next(name for name in names if self._images[name.rsplit(".", 1)[0]] != name)
+            raise DataError(f"{self.root}/images: expected one photograph for each name, got {twice} and another")
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -66,8 +69,22 @@ class Folder(Dataset):
                 return parse_ids(str(lists[split]), lists[split].read_bytes(), FOLDERS, "masks")
             if any(path.exists() for path in lists.values()):
                 raise DataError(f"{self.root}: expected train.txt and val.txt, or neither, found one")
-        tests = {i: zlib.crc32(i.encode()) % TEST_EVERY == 0 for i in self._images}
+        tests = {i: zlib.crc32(i.encode()) % TEST_EVERY == 0 for i in self.all_ids()}
         return [i for i, test in tests.items() if test == (split == "val")]
+
+    def all_ids(self) -> list[str]:
+        """Images of both splits."""
+        return list(self._images)
+
+    def notes(self) -> list[str]:
+        """See Dataset. Masks of photographs that are not there."""
+        orphans = sorted(self.masked_ids() - self._images.keys())
+        many = f"{self.root}/masks: {len(orphans)} masks are of no photograph in images (the first: {orphans[:1]})"
+        return [many] if orphans else []
+
+    def masked_ids(self) -> set[str]:
+        """Images that masks are for."""
+        return {name.rsplit(".", 1)[0] for name in _below(self.root / "masks")}
 
     def source(self, image_id: str) -> str:
         """See Dataset. A photograph that is not there is a JPEG."""
@@ -116,6 +133,10 @@ class FolderOfClasses(Folder):
         """See Dataset."""
         return ["folder"] if (root / "images").is_dir() and _form(root) == "classes" else []
 
+    def masked_ids(self) -> set[str]:
+        """See Folder."""
+        return set().union(*self._masks.values())
+
     def names(self) -> list[str]:
         """See Folder. Sorted, or in the order of classes.txt."""
         found = sorted(path.name for path in (self.root / "masks").iterdir() if path.is_dir())
@@ -129,6 +150,11 @@ class FolderOfClasses(Folder):
         """See Dataset. Of several masks the first class's."""
         of = next((name for name in self.class_names if image_id in self._masks[name]), self.class_names[0])
         return str(self.root / "masks" / of / f"{image_id}.png")
+
+    def label_sources(self, image_id: str) -> list[str]:
+        """See Dataset."""
+        of = [name for name in self.class_names if image_id in self._masks[name]]
+        return [str(self.root / "masks" / name / f"{image_id}.png") for name in of]
 
     def mask(self, image_id: str, class_id: int) -> UInt8[np.ndarray, "h w"]:
         """See Dataset. An image that a class has no mask for does not show it."""
@@ -152,6 +178,7 @@ class InstancesFolder(Folder, LabelledDataset):
 
     def __init__(self, root: Source, kind: Kind = "folder"):
         self._instances: Instances | None = None
+        self._jsons = _jsons(UPath(root))
         super().__init__(root, kind)
         self._numbers = {name.rsplit(".", 1)[0]: i for i, name in enumerate(self.instances.names)}
 
@@ -164,18 +191,22 @@ class InstancesFolder(Folder, LabelledDataset):
     def instances(self) -> Instances:
         """The annotations."""
         if self._instances is None:
-            self._instances = read_instances(_jsons(self.root)[0])
+            self._instances = read_instances(self._jsons[0])
         return self._instances
 
     def names(self) -> list[str]:
         """See Folder."""
-        if len(_jsons(self.root)) > 1:
+        if len(self._jsons) > 1:
             raise DataError(f"{self.root}: expected one JSON of annotations, found several; keep one, and list splits")
         return self.instances.class_names
 
     def label_source(self, image_id: str) -> str:
         """See Dataset."""
-        return str(_jsons(self.root)[0])
+        return str(self._jsons[0])
+
+    def all_ids(self) -> list[str]:
+        """See Folder. Those of the JSON, whose photographs must be there."""
+        return list(self._numbers)
 
     def label(self, image_id: str) -> UInt8[np.ndarray, "h w"]:
         """See Dataset."""

@@ -1,7 +1,7 @@
 """FSS-1000 in the publisher's layout: a folder for each of 1,000 classes with 1.jpg ... 10.jpg and 1.png ... 10.png.
 
 Masks are foreground from 128 up. The test classes are those of fss_test_set.txt or test.txt (one name a line, as the
-publishers' list), found in the root or beside it; all other classes train, but for those of val.txt, which do neither.
+publishers' list), found in the root or beside it; all other classes train; those in val.txt are used for neither.
 Each of the ten images of a test class is a query once. Without a list every class is a test class.
 """
 
@@ -17,6 +17,7 @@ from fsdino.kinds import Kind
 from fsdino.preprocess import Source, decoded
 
 THRESHOLD = 128
+MOST = 10_000  # classes: each image has but one, so no map limits their number
 IMAGES = sorted(map(str, range(1, 11)))  # of each class, in the order of HSNet's test
 LISTS: dict[str, tuple[str, ...]] = {"test": ("fss_test_set.txt", "test.txt"), "val": ("fss_val_set.txt", "val.txt")}
 
@@ -93,5 +94,5 @@ def _listed(root: UPath, files: tuple[str, ...]) -> list[str] | None:
     """The classes of the first of these lists that is in the root or beside it."""
     for path in (folder / file for folder in (root, root.parent) for file in files):
         if path.exists():
-            return parse_classes(str(path), path.read_bytes())
+            return parse_classes(str(path), path.read_bytes(), MOST)
     return None

@@ -1,5 +1,6 @@
 """What is wrong with a data set, file by file: all of it, where other commands stop at the first."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -7,7 +8,7 @@ from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.protocols import HDMNET
 from fsdino.errors import UserError
-from fsdino.preprocess import orientation
+from fsdino.preprocess import orientation, read_image
 
 
 @dataclass
@@ -52,6 +53,20 @@ def inspect(dataset: Dataset) -> Report:
     if not report.problems:  # else it would only meet the same again
         _of_folds(dataset, report)
     return report
+
+
+def unreadable(photographs: Mapping[str, str]) -> list[str]:
+    """A line for each photograph that cannot be read; values are paths or URLs."""
+
+    def problem(source: str) -> str | None:
+        try:
+            read_image(source)
+        except UserError as error:
+            return str(error.args[0])
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return [line for line in pool.map(problem, photographs.values()) if line is not None]
 
 
 @dataclass
@@ -111,9 +126,8 @@ def _of_folds(dataset: Dataset, report: Report) -> None:
             counts[split] = len(images)
             listed = {c for of_image in images.values() for c in of_image.listed}
             for class_id in sorted(set(folds.novel(fold)) - listed) if not training and images else ():
-                report.problems.append(
-                    f"{dataset.root}: class {dataset.class_names[class_id - 1]}: no image of the test list shows it"
-                )
+                name = dataset.class_names[class_id - 1]
+                report.problems.append(f"{dataset.root}: class {name}: no test image shows enough of it to be listed")
             try:
                 EpisodeSampler(images, shots=1, fold=fold, seed=0, training=training)
             except UserError as error:

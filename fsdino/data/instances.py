@@ -74,15 +74,17 @@ def read_instances(path: UPath) -> Instances:
     """The annotations of a JSON file. Raises DataError, naming the annotation, for what is not COCO's format."""
     with reachable(path):
         stat = path.stat()
-        described = f"{FORMAT} {path.absolute()} {stat.st_size} {stat.st_mtime}"
-        cached = cache_folder() / f"instances-{hashlib.sha256(described.encode()).hexdigest()[:16]}.npz"
-        if not cached.exists():
-            found = _parse(str(path), path.read_bytes())
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(f".{uuid.uuid4().hex}.npz")
-            np.savez(partial, **{**vars(found), "class_names": found.class_names, "names": found.names})
-            partial.rename(cached)
-            return found
+    described = f"{FORMAT} {path.absolute()} {stat.st_size} {stat.st_mtime}"
+    cached = cache_folder() / f"instances-{hashlib.sha256(described.encode()).hexdigest()[:16]}.npz"
+    if not cached.exists():
+        with reachable(path):
+            data = path.read_bytes()
+        found = _parse(str(path), data)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{uuid.uuid4().hex}.npz")
+        np.savez(partial, **{**vars(found), "class_names": found.class_names, "names": found.names})
+        partial.rename(cached)
+        return found
     with np.load(cached) as file:
         arrays = {key: file[key] for key in file.files}
     lists = {key: arrays[key].tolist() for key in ("class_names", "names", "skipped_polygons")}
@@ -180,7 +182,7 @@ def _checked_runs(place: str, of: str, segmentation: Any, size: tuple[int, int])
 
 
 def _run_lengths(counts: str) -> Iterator[int]:
-    """Of COCO's compressed form: five bits a character from the lowest up, 32 where more follow; from the third number
+    """Of COCO's compressed form: five bits a character from the lowest up, 32 where more follow; from the fourth number
     on differences to the one before the last."""
     known: list[int] = []
     value = shift = 0

@@ -41,9 +41,9 @@ def parse_ids(place: str, data: bytes, folders: Sequence[str] = FOLDERS, labels:
     return list(seen)
 
 
-def parse_classes(place: str, data: bytes) -> list[str]:
-    """Names of classes, from class 1, one a line. Raises DataError with the line's number for a blank line between
-    two names, or for a name that comes twice."""
+def parse_classes(place: str, data: bytes, most: int = MOST_CLASSES) -> list[str]:
+    """Names of classes, from class 1, one a line. Raises DataError with the line's number for a blank line between two
+    names, or for a name that comes twice, and for more than `most` names."""
     lines = _lines(place, data)
     names: list[str] = []
     for position, (number, name) in enumerate(lines, start=1):
@@ -59,8 +59,8 @@ def parse_classes(place: str, data: bytes) -> list[str]:
             raise DataError(f"{place}: line {number}: expected the name of a class and nothing else, got {name!r}")
     if names and all(re.match(r"\d+\W", name) for name in names):
         raise DataError(f"{place}: line {lines[0][0]}: expected names alone, numbered by their lines, got {names[0]!r}")
-    if len(names) > MOST_CLASSES:
-        raise DataError(f"{place}: expected at most {MOST_CLASSES} classes, as 255 is void, got {len(names)}")
+    if len(names) > most:
+        raise DataError(f"{place}: expected at most {most} classes, as 255 is void, got {len(names)}")
     if not names:
         raise DataError(f"{place}: expected names of classes, one a line, got none")
     return names

@@ -49,9 +49,11 @@ class VocDataset(LabelledDataset):
             names = self.root / "classes.txt"
             self._own = names.exists()
             self.class_names = parse_classes(str(names), names.read_bytes()) if self._own else list(VOC_CLASSES)
-            self._sbd = None if (self.root / "SegmentationClassAug").is_dir() else _sbd(self.root)
-            self._voc_labels = {path.stem for path in _listed(self.root / "SegmentationClass")} if self._sbd else set()
+            augmented = (self.root / "SegmentationClassAug").is_dir()
+            self._sbd = None if augmented else _sbd(self.root)
+            self._voc_labels = None if augmented else {path.stem for path in _listed(self.root / "SegmentationClass")}
         self.name = self.root.resolve().name if self._own else "pascal-5i"
+        self.is_coco = self.class_names == list(COCO_CLASSES)
         self._ids: dict[Split, list[str]] = {}
         self._photographs: dict[str, dict[str, str]] = {}  # of each folder: stem to name; of several the JPEG
 
@@ -66,7 +68,7 @@ class VocDataset(LabelledDataset):
         with reachable(path):
             if self._own and path.exists():
                 return parse_folds(str(path), path.read_bytes(), self.class_names)
-        return (interleaved if self.class_names == list(COCO_CLASSES) else blocks)(len(self.class_names))
+        return (interleaved if self.is_coco else blocks)(len(self.class_names))
 
     def own_ids(self, split: Split) -> list[str]:
         """See Dataset."""
@@ -104,9 +106,9 @@ class VocDataset(LabelledDataset):
 
     def label_source(self, image_id: str) -> str:
         """See Dataset."""
-        if self._sbd is None:
+        if self._voc_labels is None:
             return str(self.root / "SegmentationClassAug" / f"{image_id}.png")
-        if image_id in self._voc_labels:
+        if self._sbd is None or image_id in self._voc_labels:
             return str(self.root / "SegmentationClass" / f"{image_id}.png")
         return str(self._sbd / "cls" / f"{image_id}.mat")
 
@@ -123,10 +125,11 @@ def read_sbd_label(path: str) -> UInt8[np.ndarray, "h w"]:
     try:
         with reachable(path):
             data = UPath(path).read_bytes()
-        return np.asarray(loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0], np.uint8)
     except FileNotFoundError:
         raise DataError(f"{path}: expected SBD's label of an image, found nothing there; check the path") from None
-    except (ValueError, TypeError, KeyError, IndexError, EOFError, NotImplementedError) as error:
+    try:
+        return np.asarray(loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0], np.uint8)
+    except Exception as error:  # SciPy raises OSError, zlib.error, errors of its own and more
         raise DataError(
             f"{path}: expected SBD's label (a MATLAB file with GTcls.Segmentation), got: {first_line(error)}; download "
             "it again"
@@ -138,7 +141,10 @@ def _read_list(path: UPath) -> list[str]:
         try:
             return parse_ids(str(path), path.read_bytes())
         except FileNotFoundError:
-            raise DataError(f"{path}: expected a list of images, found none; VOC's layout needs it") from None
+            raise DataError(
+                f"{path}: expected a list of images, found none; VOC's layout needs it (a training list also follows "
+                "from SBD's folder `dataset`, as SBD beside VOC's)"
+            ) from None
 
 
 def _sbd(root: UPath) -> UPath | None:

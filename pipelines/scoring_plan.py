@@ -1,0 +1,56 @@
+"""What is scored, on what: checked and opened by the driver, built where it runs. Loads no torch."""
+
+from dataclasses import dataclass
+
+from feature_store import FeatureStore
+from fsdino.data.dataset import Dataset
+from fsdino.data.episodes import EpisodeSampler
+from fsdino.data.protocols import Protocol
+from pipelines.checkpoints import AdapterPlan
+from pipelines.recipes import Backbone, Device
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What is scored; built where it runs."""
+
+    name: str
+    """segmenter, or a method without training."""
+    checkpoint: str
+    """Of a segmenter."""
+    backbone: Backbone
+    adapter: AdapterPlan | None = None
+    """That computes embeddings for the method peak."""
+    sam_decoder: str | None = None
+    """Whose decoder `peak` prompts."""
+    decoder_weights: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """What is scored on what, checked and opened."""
+
+    dataset: Dataset
+    method: MethodPlan
+    late: FeatureStore | None
+    """None: features are computed from the images."""
+    query: FeatureStore | None
+    sampler: EpisodeSampler | None
+    """None for videos."""
+    lacking: dict[str, list[int]] | None
+    """For absent objects: test images that lack classes, and which."""
+    rules: Protocol
+    fold: int
+    episodes: int
+    device: Device
+    vote: bool
+    """Whether masks of single supports vote."""
+    tasks: int
+    task_cpus: float
+    memory: int
+    memory_confidence: float
+    tracking_uri: str
+    panel: str
+    """File for a picture, or empty."""
+    masks: str
+    """Folder for predicted masks, or empty."""
