@@ -28,6 +28,14 @@ FOLDERS = ("JPEGImages", "SegmentationClassAug", "images", "masks", "train2014",
 
 
 @dataclass(frozen=True)
+class Listing:
+    """What a protocol or lists of one's own say may train or test."""
+
+    images: dict[str, ImageClasses]
+    pairs: list[tuple[str, int]] | None = None
+
+
+@dataclass(frozen=True)
 class Images:
     """What episodes are drawn from."""
 
@@ -66,38 +74,43 @@ def rules_of(benchmark: Benchmark, dataset: Dataset) -> Protocol:
     return replace(rules, **given)
 
 
-def images_of(
+def listing(
     dataset: Dataset,
     rules: Protocol,
     fold: int,
     split: Split,
     pairs: str | None,
-    opened: Sequence[FeatureStore],
     held_out: Collection[int] = (),
     validating: bool = False,
-) -> Images:
-    """Images that train or test a fold, and that can be used: their labels are of their photographs' sizes, and every
-    store has their features.
+) -> Listing:
+    """Images that train or test a fold. Base classes that are held out do not train; `validating`, they are all there
+    is. Raises UserError for a fold that does not exist, and for labels that cannot be used, unless they are skipped."""
+    dataset.novel(fold)
+    training = split == "train"
+    if pairs is not None:
+        listed = [p for p in read_pairs(pairs, dataset, fold, training) if (p[1] in held_out) == validating]
+        return Listing(of_pairs(listed), listed)
+    if validating:
+        return Listing(rules.validation_images(dataset, fold, held_out))
+    return Listing(rules.training_images(dataset, fold, held_out) if training else rules.test_images(dataset, fold))
 
-    Base classes that are held out do not train; `validating`, they are all there is. Raises UserError if an image is
-    not in a store, or a label cannot be used; with `--skip-bad` such images are left out instead, and named.
+
+def usable(
+    dataset: Dataset, rules: Protocol, fold: int, split: Split, listed: Listing, opened: Sequence[FeatureStore]
+) -> Images:
+    """Those of the images whose labels are of their photographs' sizes, and whose features every store has.
+
+    Raises UserError if an image is not in a store, or a label of another size; with `--skip-bad` such labels are left
+    out instead, and named.
     """
     training = split == "train"
-    listed_pairs = None if pairs is None else read_pairs(pairs, dataset, fold, training)
-    if listed_pairs is not None:
-        listed_pairs = [pair for pair in listed_pairs if (pair[1] in held_out) == validating]
-        listed = of_pairs(listed_pairs)
-    elif validating:
-        listed = rules.validation_images(dataset, fold, held_out)
-    else:
-        listed = rules.training_images(dataset, fold, held_out) if training else rules.test_images(dataset, fold)
-    usable = stores.without_quarantined(listed, opened)
-    left_out = {"quarantined": len(listed) - len(usable)}
+    images = stores.without_quarantined(listed.images, opened)
+    left_out = {"quarantined": len(listed.images) - len(images)}
     if opened:
-        stores.check_images(usable, PLAIN if training else rules.test_view, *opened)
-    sizes = stores.sizes_of(opened[0], usable) if opened else _sizes_of_photographs(dataset, usable)
-    wrong = differing_sizes(dataset, split, sizes) | (usable.keys() - sizes.keys())
-    usable = {image_id: classes for image_id, classes in usable.items() if image_id not in wrong}
+        stores.check_images(images, PLAIN if training else rules.test_view, *opened)
+    sizes = stores.sizes_of(opened[0], images) if opened else _sizes_of_photographs(dataset, images)
+    wrong = differing_sizes(dataset, split, sizes) | (images.keys() - sizes.keys())
+    images = {image_id: classes for image_id, classes in images.items() if image_id not in wrong}
     of_split = set(dataset.ids(split))
     bad = {image_id: reason for image_id, reason in dataset.skipped.items() if image_id in of_split}
     left_out["bad_labels"] = len(bad)
@@ -106,12 +119,13 @@ def images_of(
     if len(bad) > TOLD:
         print(f"skipped: and {len(bad) - TOLD} more images", file=sys.stderr)
     if dataset.skip_bad:
-        usable = _supported(dataset, usable)
+        images = _supported(dataset, images)
     if not training:
-        _check_classes(dataset, fold, usable)
-    if listed_pairs is not None:
-        listed_pairs = [(i, class_id) for i, class_id in listed_pairs if i in usable and class_id in usable[i].listed]
-    return Images(usable, listed_pairs, left_out)
+        _check_classes(dataset, fold, images)
+    pairs = listed.pairs
+    if pairs is not None:
+        pairs = [(i, class_id) for i, class_id in pairs if i in images and class_id in images[i].listed]
+    return Images(images, pairs, left_out)
 
 
 def _sizes_of_photographs(dataset: Dataset, images: Iterable[str]) -> dict[str, tuple[int, int]]:

@@ -102,9 +102,10 @@ def planned(settings: Settings) -> tuple[ScoringPlan, str, dict[str, Any], dict[
     video = isinstance(dataset, DavisDataset)
     check_flags(settings, video)
     rules = datasets.rules_of(settings.benchmark, dataset)
+    listed = datasets.listing(dataset, rules, settings.fold, "val", settings.benchmark.pairs)
     subject = subjects.subject(settings, dataset.name)
     opened = [store for store in (subject.late, subject.query) if store is not None]
-    images = datasets.images_of(dataset, rules, settings.fold, "val", settings.benchmark.pairs, opened)
+    images = datasets.usable(dataset, rules, settings.fold, "val", listed, opened)
     used, sampler, lacking = list(images.listed), None, None
     if not video:
         sampler = EpisodeSampler(
@@ -182,7 +183,6 @@ def check_flags(settings: Settings, video: bool) -> None:
     of_images = {
         "--absent": settings.absent,
         "--seeds": testing.seeds > 1,
-        "--episodes": testing.episodes is not None,
         "--shots": settings.shots > 1,
         "--fusion": testing.fusion != "average",
         "--tasks": settings.tasks > 1,

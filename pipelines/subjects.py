@@ -40,6 +40,9 @@ def _segmenter(settings: "Settings", dataset: str) -> Subject:
     places = settings.places
     folder = checkpoints.run_folder(places, dataset, settings.backbone)
     url = settings.checkpoint or f"{folder}/{model_run(settings.fold, settings.model, settings.recipe)}/final"
+    late = query = None
+    if not settings.from_images:
+        late = stores.open_encoded(places, dataset, "late", settings.backbone, settings.backbone.res)
     record = checkpoints.read_record(url, "segmenter")
     if "late" not in record or "run" not in record:
         raise UserError(f"{url}: the checkpoint does not say what it was trained on; use one written by train_episodic")
@@ -49,13 +52,11 @@ def _segmenter(settings: "Settings", dataset: str) -> Subject:
             f"evaluate it on fold {record['fold']}"
         )
     trained_on, backbone = Fingerprint.of_record(record["late"]), Backbone(**record["backbone"])
-    late = query = None
-    if settings.from_images:
+    if late is None:
         backbone = replace(backbone, encoder_weights=settings.backbone.encoder_weights or backbone.encoder_weights)
         check_encoder(backbone, trained_on.weights)
         fingerprint = stores.encoded_fingerprint(backbone, "late", backbone.res, trained_on.weights)
     else:
-        late = stores.open_encoded(places, dataset, "late", settings.backbone, settings.backbone.res)
         fingerprint = late.fingerprint
         decisive = ("model", "weights", "layer", "norm", "res_px", "preprocessing")
         differing = trained_on.differences({key: getattr(fingerprint, key) for key in decisive})

@@ -16,7 +16,7 @@ import numpy as np
 
 from feature_store import FeatureStore
 from fsdino.config import SegmenterConfig, SegmenterShape
-from fsdino.data.dataset import Dataset
+from fsdino.data.dataset import Dataset, Split
 from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.protocols import Protocol
 from fsdino.data.views import PLAIN
@@ -70,6 +70,8 @@ def job(settings: Settings) -> dict[str, Any]:
     check_batch(episodic.batch, settings.workers.workers)
     dataset = datasets.dataset_of(places)
     rules = datasets.rules_of(settings.benchmark, dataset)
+    held_out = held_out_classes(settings, dataset)
+    listed = datasets.listing(dataset, rules, settings.fold, "train", settings.benchmark.pairs, held_out)
     late = stores.open_encoded(places, dataset.name, "late", backbone, backbone.res)
     early = None
     if model.adapter == "joint":
@@ -88,10 +90,7 @@ def job(settings: Settings) -> dict[str, Any]:
     query = early
     if query is None:
         query = stores.open_embedding(places, dataset.name, adapter.digest, backbone, late)
-    held_out = held_out_classes(settings, dataset)
-    images = datasets.images_of(
-        dataset, rules, settings.fold, "train", settings.benchmark.pairs, (late, query), held_out
-    )
+    images = datasets.usable(dataset, rules, settings.fold, "train", listed, (late, query))
     sampler = EpisodeSampler(
         images.listed,
         shots=episodic.train_shots,
@@ -199,16 +198,10 @@ def validation_sampler(
     on = settings.episodic.select_on
     if on == "none":
         return None
-    images = datasets.images_of(
-        dataset,
-        rules,
-        settings.fold,
-        "train" if on == "base" else "val",
-        settings.benchmark.pairs,
-        opened,
-        held_out,
-        validating=on == "base",
-    )
+    split: Split = "train" if on == "base" else "val"
+    pairs = settings.benchmark.pairs
+    listed = datasets.listing(dataset, rules, settings.fold, split, pairs, held_out, validating=on == "base")
+    images = datasets.usable(dataset, rules, settings.fold, split, listed, opened)
     return EpisodeSampler(
         images.listed,
         shots=settings.episodic.train_shots,

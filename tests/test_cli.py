@@ -86,7 +86,7 @@ def test_a_fold_that_does_not_exist(capsys, shapes_root):
 
 def test_a_missing_data_set(capsys, tmp_path):
     line = mistake(capsys, extract_features, "--recipe", "tiny", "--data", tmp_path / "none")
-    assert "expected a data set in VOC's layout" in line
+    assert "expected a data set, found none of these layouts: voc: JPEGImages" in line
 
 
 def test_a_missing_store(capsys, shapes_root, tmp_path):
@@ -137,7 +137,7 @@ def test_help_names_every_flag_with_its_default(capsys):
     assert stopped.value.code == 0
     for flag in ("--recipe", "--data", "--store", "--res", "--fold", "--shots", "--method", "--episodes"):
         assert flag in text
-    assert "default: 400" in text and "default: 1000" in text
+    assert "default: 400" in text and "default: hdmnet" in text
 
 
 def test_a_mask_never_replaces_an_input(capsys, photo, tmp_path):

@@ -245,9 +245,8 @@ def extraction(shapes_root, store, views):
     return [*places, "--coarse-res", 28, "--tracking-uri", f"sqlite:///{store.parent}/m.db"]
 
 
-@pytest.mark.parametrize(
-    ("kills", "views"), [(1, 4), pytest.param(int(os.environ.get("FSDINO_KILLS", "100")), 60, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("kills", "views"), [(2, 8), (int(os.environ.get("FSDINO_KILLS", "100")), 60)])
+@pytest.mark.slow
 def test_an_extraction_killed_at_random_moments_equals_an_undisturbed_one(shapes_root, tmp_path, kills, views):
     whole = tmp_path / "whole" / "stores"
     command("extract_features", *extraction(shapes_root, whole, views))

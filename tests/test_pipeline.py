@@ -33,7 +33,7 @@ def test_every_step_of_the_way_ends_in_its_result(whole_run, places):
     assert whole_run["4d"]["checkpoint"] == str(folder / f"fold{FOLD}-4d" / "final")
     for method in ("prototype", "nearest", "compact", "4d"):
         score = whole_run[f"score {method}"]
-        said = "dataset protocol rules folds fold shots fusion episodes absent memory seed variant trained_on left_out"
+        said = "dataset protocol rules folds fold shots fusion episodes absent memory lists seed variant trained_on left_out"
         assert set(score) == {*said.split(), "miou", "fb_iou", "boundary_iou", "per_class"}
         assert score["rules"]["min_pixels"] == 2048 and score["left_out"] == {"quarantined": 0, "bad_labels": 0}
         assert (score["dataset"], score["protocol"], score["variant"]) == ("shapes", "hdmnet", method)
@@ -166,10 +166,9 @@ def test_mlflow_holds_settings_curves_fingerprints_pictures_and_the_model(whole_
     extracted = client.search_runs([client.get_experiment_by_name("extract").experiment_id])
     assert {"teacher@128", "early@70+late@70+early@28", "embedding@70"} <= {r.info.run_name for r in extracted}
     tested = client.search_runs([client.get_experiment_by_name("evaluate").experiment_id])
-    logged = {r.data.params["method"]: r.data.metrics["miou"] for r in tested}
-    assert logged == {
-        m: pytest.approx(whole_run[f"score {m}"]["miou"]) for m in ("prototype", "nearest", "compact", "4d")
-    }
+    logged = {r.data.params["method"]: r.data.metrics.get("miou") for r in tested}  # of each method the first run
+    for method in ("prototype", "nearest", "compact", "4d"):
+        assert logged[method] == pytest.approx(whole_run[f"score {method}"]["miou"])
 
 
 def test_a_finished_command_only_reports_when_it_is_run_again(whole_run, places):
@@ -307,7 +306,8 @@ def test_a_cluster_too_small_is_said_at_once(whole_run, places):
         run("train_episodic", *flags(places), "--fold", FOLD, "--name", "big", "--workers", 4, "--worker-cpus", 64)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_a_worker_reaches_the_user_as_it_was_raised(whole_run, places, tmp_path, workers):
     """A store that is damaged after the driver opened it: its own error, not Ray's."""
     copy = tmp_path / "stores"

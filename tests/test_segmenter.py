@@ -317,7 +317,7 @@ assert torch.equal(exported.mask_logits, expected.mask_logits), "exported"
 """
 
 
-@pytest.mark.parametrize("variant", ["compact", "4d"])
+@pytest.mark.parametrize("variant", [pytest.param("compact", marks=pytest.mark.slow), "4d"])
 def test_segment_compiles_as_one_graph_and_exports_with_equal_outputs(variant):
     """In a process of its own: the shape checks of these tests are no part of what users compile."""
     done = subprocess.run([sys.executable, "-c", COMPILED, variant], cwd=ROOT, capture_output=True, text=True)

@@ -100,6 +100,7 @@ def test_tars_in_a_bucket_are_read_by_ranges(published, s3_endpoint):
     assert tars.members("s3://features/sa1b/sa_000001.tar")["sa_13.jpg"].size == len(png(13))
 
 
+@pytest.mark.slow
 def test_features_of_a_share_of_tars_are_extracted_and_damaged_tars_skipped(published, tmp_path):
     packed, _ = published
     (packed / "sa_000002.tar").write_bytes(b"no archive at all")

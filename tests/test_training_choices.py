@@ -52,6 +52,7 @@ def test_the_best_weights_are_kept_beside_the_last_and_say_what_chose_them(valid
     assert {f.path for f in client.list_artifacts(found.info.run_id)} >= {"segmenter", "best"}
 
 
+@pytest.mark.slow
 def test_choosing_on_the_test_classes_is_named(whole_run, places):
     novel = ["--select-on", "novel", "--validate-every", 10, "--validation-episodes", 4, "--steps", 2]
     trained = run("train_episodic", *flags(places), "--fold", FOLD, *novel)
@@ -71,6 +72,7 @@ def from_photographs(whole_run, places):
     return run("distill", *flags(places), *chosen)["adapter"]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_plain_photographs_bakes_any_data_set(from_photographs, places):
     _, record = BottleneckAdapter.load(from_photographs)
     assert record["images"] == 80 and record["dataset"].startswith("JPEGImages-")
@@ -79,6 +81,7 @@ def test_an_adapter_of_plain_photographs_bakes_any_data_set(from_photographs, pl
     assert store.fingerprint.weights == record["digest"] and len(store) == 280 and "/shapes/" in url
 
 
+@pytest.mark.slow
 def test_a_segmenters_own_adapter_bakes_what_the_adapter_it_came_from_does(whole_run, places, tmp_path):
     elsewhere = {**places, "--store": tmp_path / "stores"}
     run("extract_features", *flags(elsewhere), "--features", "early", "--splits", "val")
@@ -110,8 +113,8 @@ def test_a_study_of_a_table_runs_what_the_table_needs():
     assert {"train compact without semantic prompt, fold 3", "train 4d without distillation, fold 0"} <= set(of_four)
     of_three = titles(settings(table=3, fss="/fss", davis="/davis", folds=(1,)))
     assert of_three[-2:] == [
-        "score nearest, trained on fold 0, on FSS-1000",
-        "score nearest, trained on fold 0, on DAVIS-17",
+        "score matching, trained on fold 0, on FSS-1000",
+        "score matching, trained on fold 0, on DAVIS-17",
     ]
     assert "score 4d, trained on fold 1, on DAVIS-17" in of_three and not any("1-shot" in t for t in of_three)
     with pytest.raises(UserError, match="--table 3: expected the folder of FSS-1000"):
