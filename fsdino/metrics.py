@@ -30,16 +30,21 @@ class Counts(NamedTuple):
         return self.intersection / self.union if self.union else 1.0
 
 
-def count(prediction: Bool[np.ndarray, "h w"], label: UInt8[np.ndarray, "h w"], boundary: bool = True) -> Counts:
+def count(
+    prediction: Bool[np.ndarray, "h w"],
+    label: UInt8[np.ndarray, "h w"],
+    boundary: bool = True,
+    drawn: Bool[np.ndarray, "h w"] | None = None,
+) -> Counts:
     """One episode. `label` is 1 on the class, 0 elsewhere, 255 where nothing is scored; without `boundary` its counts
-    are 0."""
+    are 0. `drawn` is the label's own boundary, where that is known already."""
     valid = label != paper.VOID
     guess, truth = prediction & valid, label == 1
     intersection, predicted, true = (int(np.count_nonzero(x)) for x in (guess & truth, guess, truth))
     union, pixels = predicted + true - intersection, int(np.count_nonzero(valid))
     edges = (0, 0)
     if boundary and union:
-        guessed, drawn = (boundary_of(mask) for mask in (guess, truth))
+        guessed, drawn = boundary_of(guess), boundary_of(truth) if drawn is None else drawn
         edges = (int(np.count_nonzero(guessed & drawn)), int(np.count_nonzero(guessed | drawn)))
     return Counts(pixels - union, pixels - intersection, intersection, union, *edges, predicted)
 

@@ -131,4 +131,6 @@ def _channels_first(features: np.ndarray) -> Tensor:
 
 def _mirror(x: Tensor, flips: Tensor) -> Tensor:
     """Left and right exchanged (last axis) where `flips` is true; `flips` has the leading axes of `x`."""
+    if not flips.any():
+        return x
     return torch.where(flips.view(*flips.shape, *[1] * (x.ndim - flips.ndim)), x.flip(-1), x)

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,18 +19,19 @@ from tqdm import tqdm
 
 from fsdino import paper
 from fsdino.data.episodes import Episode
-from fsdino.data.views import draw_view
+from fsdino.data.views import View, draw_view
 from fsdino.matching import positional_basis
-from fsdino.metrics import Counts, FewShotScore, count
+from fsdino.metrics import Counts, FewShotScore, boundary_of, count
 from fsdino.segmenter import Prediction
 from fsdino.state import sam_prompt_state
-from pipelines import checkpoints, cluster, live, methods, panels
+from pipelines import checkpoints, cluster, heap, live, methods, panels
 from pipelines.loading import EpisodeLoader, Features
 from pipelines.scoring_plan import MethodPlan, ScoringPlan
 
 BATCH = 8
 CHUNK = 8 * BATCH  # episodes of one Ray task
 PANEL_ROWS = 6
+TRUTHS_KEPT = 1024  # 0.4 MB each in VOC, 0.6 MB in COCO
 AHEAD = 2  # batches being counted while the next ones are computed
 
 
@@ -66,9 +68,11 @@ class Scorer:
     """A job's method, features and labels in one process."""
 
     def __init__(self, job: ScoringPlan):
+        heap.keep_freed_memory()
         self.job = job
         self.device = cluster.device_of(job.device)
         self.method = built(job.method, self.device, job.device.train_precision)
+        self._truths: OrderedDict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
         backbone = job.method.backbone
         late: Features | None = job.late
         query: Features | None = job.query
@@ -128,21 +132,31 @@ class Scorer:
 
     def _counted(self, number: int, episode: Episode, logits: Tensor) -> EpisodeScore:
         job, rules = self.job, self.job.rules
-        label = job.dataset.mask(episode.query, episode.class_id)
-        if rules.scores_void:
-            label = np.where(label == paper.VOID, 0, label).astype(np.uint8)
         view = draw_view(self.loader.view_seed, episode.query, episode.views[0])
-        if rules.scored_at == "square":
-            label = view.label(label, job.method.backbone.res)
-            maps = enlarged(logits, label.shape, label.shape, rules.align_corners)
-        else:
-            maps = enlarged(logits, view.extent(label.shape), label.shape, rules.align_corners)
+        label, drawn = self._truth(episode.query, episode.class_id, view)
+        extent = label.shape if rules.scored_at == "square" else view.extent(label.shape)
+        maps = enlarged(logits, extent, label.shape, rules.align_corners)
         mask = voted(maps.numpy() > 0)
         if job.masks:
             name = f"{number:05d}_{episode.class_id}_{episode.query.replace('/', '_')}.png"
             Image.fromarray(mask.astype(np.uint8) * 255).save(Path(job.masks) / name)
-        counts = count(mask, label)
+        counts = count(mask, label, drawn=drawn)
         return EpisodeScore(number, episode.class_id, episode.query, episode.supports, counts, label.size)
+
+    def _truth(self, image_id: str, class_id: int, view: View) -> tuple[np.ndarray, np.ndarray]:
+        """A query's mask as it is scored, and its boundary; the most recent ones are kept, as a test asks for each
+        several times."""
+        key, rules = (image_id, class_id), self.job.rules
+        if key not in self._truths:
+            label = self.job.dataset.mask(*key)
+            if rules.scores_void:
+                label[label == paper.VOID] = 0
+            if rules.scored_at == "square":
+                label = view.label(label, self.job.method.backbone.res)
+            self._truths[key] = label, boundary_of(label == 1)
+            if len(self._truths) > TRUTHS_KEPT:
+                self._truths.popitem(last=False)
+        return self._truths[key]
 
 
 def enlarged(logits: Tensor, extent: tuple[int, ...], size: tuple[int, ...], align_corners: bool) -> Tensor:
@@ -153,6 +167,8 @@ def enlarged(logits: Tensor, extent: tuple[int, ...], size: tuple[int, ...], ali
 
 def voted(masks: np.ndarray) -> np.ndarray:
     """One mask of n, by HSNet's vote: pixels with at least half as many votes as the image's best pixel has."""
+    if len(masks) == 1:
+        return masks[0]
     votes = masks.sum(0)
     return 2 * votes >= max(1, votes.max())
 

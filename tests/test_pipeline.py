@@ -33,8 +33,8 @@ def test_every_step_of_the_way_ends_in_its_result(whole_run, places):
     assert whole_run["4d"]["checkpoint"] == str(folder / f"fold{FOLD}-4d" / "final")
     for method in ("prototype", "nearest", "compact", "4d"):
         score = whole_run[f"score {method}"]
-        said = "dataset protocol rules folds fold shots fusion episodes absent memory lists seed variant trained_on left_out"
-        assert set(score) == {*said.split(), "miou", "fb_iou", "boundary_iou", "per_class"}
+        about = "dataset protocol rules folds fold shots fusion episodes absent memory lists seed variant trained_on"
+        assert set(score) == {*about.split(), "left_out", "miou", "fb_iou", "boundary_iou", "per_class"}
         assert score["rules"]["min_pixels"] == 2048 and score["left_out"] == {"quarantined": 0, "bad_labels": 0}
         assert (score["dataset"], score["protocol"], score["variant"]) == ("shapes", "hdmnet", method)
         assert score["folds"] == "4 blocks"

@@ -81,7 +81,9 @@ def read_binary(path: Source) -> UInt8[np.ndarray, "h w"]:
 
 def binary_label(label: UInt8[np.ndarray, "h w"], class_id: int) -> UInt8[np.ndarray, "h w"]:
     """1 on the class, 0 elsewhere, 255 where the label is void."""
-    return np.where(label == paper.VOID, paper.VOID, label == class_id).astype(np.uint8)
+    mask = (label == class_id).astype(np.uint8)
+    mask[label == paper.VOID] = paper.VOID
+    return mask
 
 
 def voc_colours() -> UInt8[np.ndarray, "256 3"]:
@@ -171,7 +173,7 @@ def _mask_values(path: Source, image: Image.Image) -> tuple[Int[np.ndarray, "h w
 def _palette(path: Source, image: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A palette image's indices, those that are used, and their colours. Raises UserError if some have none."""
     indices = np.asarray(image)
-    used = np.unique(indices)
+    used = np.flatnonzero(image.histogram()).astype(np.uint8)
     palette = np.reshape(image.getpalette("RGB") or [], (-1, 3)).astype(np.uint8)
     if used[-1] >= len(palette):
         raise UserError(f"{path}: expected a palette of {used[-1] + 1} colours, got {len(palette)}; save it again")

@@ -51,7 +51,7 @@ class Protocol:
     scored_at: ScoredAt = "label"
     """The label's own size, or the network's square."""
     align_corners: bool = False
-    """How logits are enlarged: by corners, as most published code does, or by areas."""
+    """How logits are enlarged: with corners aligned, as most published code does, or with half-pixel centres."""
     test_view: int = PLAIN
     """The view under which test images are seen (views.py); padded ones keep the aspect."""
     episodes: int = 1000

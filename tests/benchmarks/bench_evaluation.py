@@ -18,7 +18,7 @@ import tyro
 from fsdino.data.dataset import open_dataset
 from pipelines import evaluate, methods, scoring
 from pipelines.cli import parse
-from pipelines.networks import ScoringPlan
+from pipelines.scoring_plan import ScoringPlan
 from tests.benchmarks.provenance import provenance
 
 
