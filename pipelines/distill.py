@@ -41,7 +41,7 @@ class Settings:
 
 
 def job(settings: Settings) -> dict[str, Any]:
-    """Check the stores, then train on Ray Train; a finished run is only reported."""
+    """Check the stores, then train on Ray Train; a finished run just prints its result."""
     places, backbone, distillation = settings.places, settings.backbone, settings.distillation
     if not distillation.distill_res:
         raise UserError("--distill-res: expected at least one resolution, got none")

@@ -65,7 +65,7 @@ class Settings:
 
 
 def job(settings: Settings) -> dict[str, Any]:
-    """Check stores, fold and adapter, then train on Ray Train; a finished run is only reported."""
+    """Check stores, fold and adapter, then train on Ray Train; a finished run just prints its result."""
     places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
     check_batch(episodic.batch, settings.workers.workers)
     dataset = datasets.dataset_of(places)

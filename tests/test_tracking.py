@@ -144,6 +144,7 @@ def train(places, name, *more):
     return run("train_episodic", *flags(places), "--fold", FOLD, "--name", name, *more)
 
 
+@pytest.mark.slow
 def test_a_training_whose_server_dies_publishes_its_checkpoint_and_is_complete_after_a_rerun(
     whole_run, places, proxy, capsys
 ):
