@@ -22,9 +22,10 @@ S = TypeVar("S")
 
 
 ENVIRONMENT = {
-    # Neither library may try to reach the internet from a cluster.
+    # Neither library may try to reach the internet from a cluster, and progress bars are ours.
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # ray.train.report waits for the next health check: 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
 }

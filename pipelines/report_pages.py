@@ -14,6 +14,7 @@ ABOUT = (
     "mIoU (FB-IoU) in percent, mean and standard deviation over test seeds where there are several; a dash is a cell "
     "that nothing fills. Protocols differ by points: compare rows of one protocol. Ours are marked."
 )
+MEASURES = {"miou": "mIoU", "empty": "rightly empty masks", "j_and_f": "J&F"}
 GRID = ("prototype", "compact", "4d")
 
 
@@ -33,7 +34,7 @@ def html(groups: Sequence[Group], tracking_uri: str) -> str:
         parts += [page.heading(title), page.table(cells)]
         group = next((g for g in groups if title == _group_title(g)), None)
         if group is not None and _measure(group) in _any(group.methods):
-            parts.append(page.bars(group.methods, _measure(group), f"{_measure(group)}, %"))
+            parts.append(page.bars(group.methods, _measure(group), f"{MEASURES[_measure(group)]}, %"))
     grid = qualitative(groups, tracking_uri)
     if grid is not None:
         parts += [page.heading("Predictions, as in Figure 4"), grid]

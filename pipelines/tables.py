@@ -172,7 +172,7 @@ class Group:
 
 def folds_table(number: int, one: Mapping[str, Method], five: Mapping[str, Method], protocol: str) -> Table:
     """Table 1 or 2: published rows, then ours, whose missing cells are shown as missing."""
-    head = [f"{k}-shot, {of}" for k in (1, 5) for of in ("fold 0", "fold 1", "fold 2", "fold 3", "mean")]
+    head = [f"{k}-shot {of}" for k in (1, 5) for of in ("f0", "f1", "f2", "f3", "mean")]
     table = [["method", "encoder", "protocol", *head, "source"]]
     for row in _published(number):
         cells = [*_published_folds(row.one), *_published_folds(row.five)]
