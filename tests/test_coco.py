@@ -117,6 +117,8 @@ def test_what_was_read_once_comes_from_the_cache_and_a_changed_file_does_not(tmp
         ({"segmentation": [[1, 2, 3, 4, 5]]}, "annotation 7: expected polygons as lists of x, y"),
         ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "annotation 7: expected polygons as lists of x, y"),
         ({"segmentation": None}, "annotation 7: expected polygons or run lengths, got None"),
+        ({"iscrowd": "0"}, "annotation 7: expected iscrowd 0 or 1, got '0'"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 10**400]]}, "annotation 7: expected polygons as lists of x, y"),
         ({"image_id": 5}, "annotation 7: expected an image of the file, got image_id 5"),
         ({"category_id": 5}, "annotation 7: expected a category of the file, got category_id 5"),
         ({"category_id": "x"}, "annotation 7: expected a whole number category_id, got 'x'"),

@@ -161,7 +161,7 @@ def test_a_mask_of_fss_1000_is_cut_at_128_and_shows_its_own_class_alone(fss):
 
 def test_a_listed_class_without_a_folder_is_named(fss):
     (fss / "fss_test_set.txt").write_text("zebra\nunicorn\n")
-    with pytest.raises(UserError, match="expected a folder for each listed class, found none for unicorn"):
+    with pytest.raises(UserError, match=r"expected a folder for each class of its lists .* found none for unicorn"):
         open_dataset(str(fss))
 
 
@@ -207,6 +207,18 @@ def test_the_lists_of_davis_2016s_own_release_name_frames(davis):
     lines = [f"/JPEGImages/480p/swan/{i:05d}.jpg /Annotations/480p/swan/{i:05d}.png" for i in range(4)]
     (lists / "val.txt").write_text("\n".join(lines) + "\n")
     assert [v.name for v in open_dataset(str(davis), "davis2016").videos] == ["swan"]
+
+
+def test_frames_come_in_the_order_of_their_numbers_and_a_short_list_of_them_is_refused(davis):
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "png")):
+        place = davis / folder / "480p" / "swan"
+        for path in sorted(place.iterdir()):
+            path.rename(place / f"{int(path.stem) * 4}.{suffix}")
+    dataset = open_dataset(str(davis), "davis2016")
+    assert dataset.videos[0].frames == ("swan/0", "swan/4", "swan/8", "swan/12")
+    dataset.lists["val"] = ["swan/0", "swan/4"]
+    with pytest.raises(UserError, match="video swan: expected three frames or more"):
+        _ = dataset.videos
 
 
 def test_a_video_without_frames_or_without_an_object_is_named(davis):
@@ -265,6 +277,13 @@ def test_a_folder_of_masks_by_class_which_may_overlap(own):
     assert dataset.summary("n0").pixels == {1: 150, 2: 150} and dataset.summary("n2").pixels == {1: 150}
     assert np.array_equal(dataset.mask("n0", 2), disc(top=8)) and np.array_equal(dataset.mask("n0", 1), disc())
     assert not dataset.mask("n1", 1).any() and dataset.mask("n1", 1).shape == (30, 40)
+
+
+def test_what_programs_leave_in_a_folder_is_no_class(own):
+    by_class(own)
+    (own / "masks" / ".ipynb_checkpoints").mkdir()
+    (own / "masks" / ".DS_Store").write_bytes(b"x")
+    assert open_dataset(str(own)).class_names == ["hazel", "wal"]
 
 
 def test_masks_that_change_or_are_added_are_seen_and_those_of_no_photograph_told(own):

@@ -82,6 +82,12 @@ def test_a_truncated_tar_is_named_or_left_out(published):
         list_photographs(str(packed))
 
 
+def test_a_damaged_tar_alone_is_named_too(tmp_path):
+    (tmp_path / "only.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"found none but damaged archives: .*only.tar: expected a tar archive"):
+        list_photographs(str(tmp_path), skipped={})
+
+
 def test_a_member_that_is_not_there_is_a_users_mistake(published):
     archive = published[0] / "sa_000000.tar"
     with pytest.raises(UserError, match=r"tar://sa_99.jpg::.*: expected an image file, found nothing there"):

@@ -61,6 +61,12 @@ class DavisDataset(Dataset):
         frames: dict[str, list[str]] = {}
         for image_id in self.ids("val"):
             frames.setdefault(image_id.rsplit("/", 1)[0], []).append(image_id)
+        short = next((video for video, of_video in frames.items() if len(of_video) < 3), None)
+        if short is not None:
+            raise DataError(
+                f"{self.root}: video {short}: expected three frames or more, as its ends are not scored, got "
+                f"{len(frames[short])}"
+            )
         objects = {video: tuple(c for c, (of, _) in self._numbered() if of == video) for video in frames}
         return [Video(video, tuple(of_video), objects[video]) for video, of_video in frames.items()]
 
@@ -126,11 +132,10 @@ class DavisDataset(Dataset):
             folder = self.root / "JPEGImages" / "480p" / video
             with reachable(folder):
                 names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-            frames = sorted(name.removesuffix(".jpg") for name in names if name.endswith(".jpg"))
+            stems = [name.removesuffix(".jpg") for name in names if name.endswith(".jpg")]
+            frames = sorted(stems, key=lambda stem: (len(stem), stem) if stem.isdigit() else (0, stem))
             if not frames:
                 raise DataError(f"{path}: video {video}: expected frames in {folder}, found none; download them")
-            if len(frames) < 3:
-                raise DataError(f"{folder}: expected a video of three frames or more, as its ends are not scored")
             found[video] = tuple(f"{video}/{frame}" for frame in frames)
         if not found:
             raise DataError(f"{path}: expected names of videos, one a line, got none")

@@ -69,7 +69,7 @@ class Folder(Dataset):
                 return parse_ids(str(lists[split]), lists[split].read_bytes(), FOLDERS, "masks")
             if any(path.exists() for path in lists.values()):
                 raise DataError(f"{self.root}: expected train.txt and val.txt, or neither, found one")
-        tests = {i: zlib.crc32(i.encode()) % TEST_EVERY == 0 for i in self.all_ids()}
+        tests = {i: zlib.crc32(i.encode(errors="surrogateescape")) % TEST_EVERY == 0 for i in self.all_ids()}
         return [i for i, test in tests.items() if test == (split == "val")]
 
     def all_ids(self) -> list[str]:
@@ -139,7 +139,7 @@ class FolderOfClasses(Folder):
 
     def names(self) -> list[str]:
         """See Folder. Sorted, or in the order of classes.txt."""
-        found = sorted(path.name for path in (self.root / "masks").iterdir() if path.is_dir())
+        found = sorted(path.name for path in _visible(self.root / "masks") if path.is_dir())
         if self._listed is not None and sorted(self._listed) != found:
             raise DataError(
                 f"{self.root}: expected a folder in masks for each class of classes.txt, found {', '.join(found[:8])}"
@@ -228,11 +228,16 @@ def _form(root: UPath) -> str | None:
     masks, listed = root / "masks", root / "classes.txt"
     if not masks.is_dir():
         return "json" if _jsons(root) else None
-    inside = list(masks.iterdir())
+    inside = _visible(masks)
     folders = {path.name for path in inside if path.is_dir()}
     if listed.exists():
         return "classes" if folders & set(parse_classes(str(listed), listed.read_bytes())) else "numbers"
     return "classes" if folders and len(folders) == len(inside) else "numbers"
+
+
+def _visible(folder: UPath) -> list[UPath]:
+    """What is in a folder, but for what programs leave there (.DS_Store, .ipynb_checkpoints, __MACOSX)."""
+    return [path for path in folder.iterdir() if not path.name.startswith((".", "__"))]
 
 
 def _jsons(root: UPath) -> list[UPath]:

@@ -34,12 +34,17 @@ class Fss1000Dataset(Dataset):
     def __init__(self, root: Source, kind: Kind = "fss1000"):
         super().__init__(root, kind)
         with reachable(self.root):
-            self.class_names = sorted(path.name for path in self.root.iterdir() if path.is_dir())
+            folders = (path.name for path in self.root.iterdir() if path.is_dir())
+            self.class_names = sorted(name for name in folders if not name.startswith((".", "__")))  # programs' own
             lists = {name: _listed(self.root, files) for name, files in LISTS.items()}
         test, val = lists["test"] or self.class_names, lists["val"] or []
         unknown = [name for name in (*test, *val) if name not in self.class_names]
         if unknown:
-            raise DataError(f"{root}: expected a folder for each listed class, found none for {', '.join(unknown[:8])}")
+            lists_read = ", ".join(file for files in LISTS.values() for file in files)
+            raise DataError(
+                f"{root}: expected a folder for each class of its lists ({lists_read}, here or in the folder above), "
+                f"found none for {', '.join(unknown[:8])}"
+            )
         self._number = {name: number for number, name in enumerate(self.class_names, start=1)}
         self._test = [name for name in self.class_names if name in set(test)]
         self.splits = ("train", "val") if {*test, *val} != set(self.class_names) else ("val",)
@@ -87,6 +92,10 @@ class Fss1000Dataset(Dataset):
 
     def _foreground(self, image_id: str) -> UInt8[np.ndarray, "h w"]:
         image = decoded(self.label_source(image_id))
+        if image.mode.startswith("I") or image.mode == "F":
+            raise DataError(
+                f"{self.label_source(image_id)}: expected a mask of 8 bits, got {image.mode}; save it as such"
+            )
         return (np.asarray(image.convert("L")) >= THRESHOLD).astype(np.uint8)
 
 

@@ -11,8 +11,8 @@ counted.
 import functools
 import hashlib
 import json
-import math
 import uuid
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from fsdino.weights import cache_folder
 
 FORMAT = "2"
 FARTHEST = 1e6  # a coordinate that is no pixel's
+MOST_SIDE = 65535  # pixels
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,12 @@ def read_instances(path: UPath) -> Instances:
         np.savez(partial, **{**vars(found), "class_names": found.class_names, "names": found.names})
         partial.rename(cached)
         return found
-    with np.load(cached) as file:
-        arrays = {key: file[key] for key in file.files}
+    try:
+        with np.load(cached) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError):  # a disk that was full: once more from the JSON
+        cached.unlink()
+        return read_instances(path)
     lists = {key: arrays[key].tolist() for key in ("class_names", "names", "skipped_polygons")}
     return Instances(**{**arrays, **lists})
 
@@ -94,7 +99,7 @@ def read_instances(path: UPath) -> Instances:
 def _parse(place: str, data: bytes) -> Instances:
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: expected COCO's JSON, got: {error}; download it again") from None
     missing = [key for key in ("images", "annotations", "categories") if not isinstance(_get(content, key), list)]
     if missing:
@@ -102,13 +107,19 @@ def _parse(place: str, data: bytes) -> Instances:
     categories = sorted((_int(place, "categories", c, "id"), str(c.get("name", ""))) for c in content["categories"])
     if not 1 <= len(categories) <= MOST_CLASSES:
         raise DataError(f"{place}: expected 1 to {MOST_CLASSES} categories, as 255 is void, got {len(categories)}")
+    names = [name for _, name in categories]
+    if len({number for number, _ in categories}) < len(categories) or len(set(names)) < len(names) or not all(names):
+        raise DataError(f"{place}: expected categories with ids and names of their own, got {str(categories)[:120]}")
     class_of = {number: position for position, (number, _) in enumerate(categories, start=1)}
     images = {}
     for record in content["images"]:
         size = (_int(place, "images", record, "height"), _int(place, "images", record, "width"))
-        images[_int(place, "images", record, "id")] = (str(record.get("file_name", "")), size)
-    if len(images) < len(content["images"]) or len({name for name, _ in images.values()}) < len(images):
-        raise DataError(f"{place}: expected each image once, got an id or a file name twice")
+        number, name = _int(place, "images", record, "id"), str(record.get("file_name", ""))
+        if not all(0 < side <= MOST_SIDE for side in size) or not name or "\0" in name:
+            raise DataError(f"{place}: image {number}: expected a file name and a size in pixels, got {name!r}, {size}")
+        images[number] = (name, size)
+    if len(images) < len(content["images"]) or len({_stem(name) for name, _ in images.values()}) < len(images):
+        raise DataError(f"{place}: expected each image once, got an id, or a file name without its suffix, twice")
     objects: dict[int, list[tuple[int, bytes]]] = {number: [] for number in images}
     crowds: dict[int, list[tuple[int, bytes]]] = {number: [] for number in images}
     skipped = 0
@@ -119,7 +130,9 @@ def _parse(place: str, data: bytes) -> Instances:
             raise DataError(f"{place}: {of}: expected an image of the file, got image_id {image}")
         if category not in class_of:
             raise DataError(f"{place}: {of}: expected a category of the file, got category_id {category}")
-        size, crowd = images[image][1], bool(record.get("iscrowd", 0))
+        size, crowd = images[image][1], record.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise DataError(f"{place}: {of}: expected iscrowd 0 or 1, got {crowd!r}")
         segmentation = record.get("segmentation")
         if isinstance(segmentation, list):
             whole = [polygon for polygon in segmentation if _is_polygon(place, of, polygon)]
@@ -144,6 +157,10 @@ def _parse(place: str, data: bytes) -> Instances:
     )
 
 
+def _stem(name: str) -> str:
+    return name.rsplit(".", 1)[0]
+
+
 def _get(content: Any, key: str) -> Any:
     return content.get(key) if isinstance(content, dict) else None
 
@@ -158,7 +175,7 @@ def _int(place: str, of: str, record: Any, key: str) -> int:
 def _is_polygon(place: str, of: str, polygon: Any) -> bool:
     """Whether a list of coordinates has three points. Raises DataError if it is none."""
     numbers = isinstance(polygon, list) and all(isinstance(x, (int, float)) for x in polygon)
-    if not numbers or len(polygon) % 2 or not all(math.isfinite(x) and abs(x) < FARTHEST for x in polygon):
+    if not numbers or len(polygon) % 2 or not all(-FARTHEST < x < FARTHEST for x in polygon):  # nan is not
         raise DataError(f"{place}: {of}: expected polygons as lists of x, y, x, y, ..., got {str(polygon)[:60]}")
     return len(polygon) >= 6
 
@@ -166,7 +183,7 @@ def _is_polygon(place: str, of: str, polygon: Any) -> bool:
 def _checked_runs(place: str, of: str, segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Run lengths, as a list or compressed, in pycocotools' form. Raises DataError if they are not the image's."""
     counts = _get(segmentation, "counts")
-    if not isinstance(counts, (list, str)):
+    if not isinstance(counts, list) and not (isinstance(counts, str) and counts.isascii()):
         raise DataError(f"{place}: {of}: expected polygons or run lengths, got {str(segmentation)[:60]}")
     if segmentation.get("size") != list(size):
         raise DataError(

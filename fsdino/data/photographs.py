@@ -34,6 +34,10 @@ def list_photographs(
             found = dict(sorted(_within_tars(_remote(place) if _is_url(place) else _local(place), skipped)))
     except FileNotFoundError:
         found = {}
+    if not found and skipped:
+        raise UserError(
+            f"--images {place}: expected photographs, found none but damaged archives: {next(iter(skipped.values()))}"
+        )
     if share < 1 and found:
         found = _drawn(found, share, seed)
     if not found:
@@ -66,7 +70,9 @@ def _drawn(found: dict[str, str], share: float, seed: int) -> dict[str, str]:
     """A share of the photographs: those whose names, with the seed, have the lowest digests."""
 
     def key(image_id: str) -> tuple[bytes, str]:
-        return hashlib.sha256(f"{seed} {image_id.rsplit('/', 1)[-1]}".encode()).digest(), image_id
+        return hashlib.sha256(
+            f"{seed} {image_id.rsplit('/', 1)[-1]}".encode(errors="surrogateescape")
+        ).digest(), image_id
 
     chosen = set(sorted(found, key=key)[: max(1, round(share * len(found)))])
     return {image_id: source for image_id, source in found.items() if image_id in chosen}
