@@ -6,12 +6,13 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from upath import UPath
 
 from feature_store import FeatureStore
 from fsdino.data.dataset import Dataset, Split, differing_sizes, open_dataset
+from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.lists import parse_ids
 from fsdino.data.pairs import of_pairs, read_pairs
 from fsdino.data.photographs import file_stamps, list_photographs, set_name
@@ -43,6 +44,13 @@ class Images:
     pairs: list[tuple[str, int]] | None
     left_out: dict[str, int]
     """Images that are left out, by reason: without features, or of the list with labels that cannot be used."""
+
+
+def sampler_of(images: Images, rules: Protocol, **how: Any) -> EpisodeSampler:
+    """Episodes of these images, drawn as the protocol says; `how` are EpisodeSampler's own settings."""
+    return EpisodeSampler(
+        images.listed, order=rules.order, pairs=images.pairs, repeats_supports=rules.repeats_supports, **how
+    )
 
 
 def dataset_of(places: Places) -> Dataset:

@@ -120,8 +120,7 @@ class Distiller:
 
     def pairs(self, store: FeatureStore, chosen: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Early features and teacher embeddings of these images."""
-        x, y = (torch.from_numpy(a).movedim(-1, 1) for a in self._read(store, chosen))
-        return x.to(self.worker.device, torch.float32), y.to(self.worker.device, torch.float32)
+        return next(self.read_ahead(store, iter([chosen])))
 
     def read_ahead(self, store: FeatureStore, chosen: Iterator[Sequence[str]]) -> Iterator[tuple[Tensor, Tensor]]:
         """As `pairs` for one batch after another, each read while the one before it is in use."""

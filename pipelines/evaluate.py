@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 
 from fsdino.config import SegmenterConfig
 from fsdino.data.davis import DavisDataset
-from fsdino.data.episodes import EpisodeSampler
 from fsdino.errors import UserError
 from pipelines import checkpoints, datasets, subjects
 from pipelines.checks import Cores, Few, Fold, Folder, Picture, Place, Range, Share, Weights
@@ -108,15 +107,13 @@ def planned(settings: Settings) -> tuple[ScoringPlan, str, dict[str, Any], dict[
     images = datasets.usable(dataset, rules, settings.fold, "val", listed, opened)
     used, sampler, lacking = list(images.listed), None, None
     if not video:
-        sampler = EpisodeSampler(
-            images.listed,
+        sampler = datasets.sampler_of(
+            images,
+            rules,
             shots=settings.shots,
             fold=settings.fold,
             seed=testing.test_seed,
             training=False,
-            order=rules.order,
-            pairs=images.pairs,
-            repeats_supports=rules.repeats_supports,
             test_view=rules.test_view,
         )
         lacking = sampler.lacking(dataset.class_pixels("val")) if settings.absent else None

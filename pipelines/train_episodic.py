@@ -9,7 +9,7 @@ Cost: the paper trains 100 epochs on one A6000; README has the offline recipe's 
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,9 @@ def job(settings: Settings) -> dict[str, Any]:
     if query is None:
         query = stores.open_embedding(places, dataset.name, adapter.digest, backbone, late)
     images = datasets.usable(dataset, rules, settings.fold, "train", listed, (late, query))
-    sampler = EpisodeSampler(
-        images.listed,
+    sampler = datasets.sampler_of(
+        images,
+        rules,
         shots=episodic.train_shots,
         fold=settings.fold,
         seed=settings.workers.seed,
@@ -100,9 +101,6 @@ def job(settings: Settings) -> dict[str, Any]:
         num_views=backbone.num_views,
         balance=episodic.balance,
         flip=episodic.flip,
-        order=rules.order,
-        pairs=images.pairs,
-        repeats_supports=rules.repeats_supports,
     )
     validation = validation_sampler(settings, dataset, rules, (late, query), held_out)
     steps = episodic.steps or max(1, episodic.epochs * len(sampler) // episodic.batch)
@@ -125,7 +123,7 @@ def job(settings: Settings) -> dict[str, Any]:
     same = identity(
         model=model,
         steps=steps,
-        rules=rules,
+        rules=rules.of_training(),
         images=sampler.digest,
         validation=validation and validation.digest,
         labels=dataset.labels_digest("train", sampler.images),
@@ -202,15 +200,13 @@ def validation_sampler(
     pairs = settings.benchmark.pairs
     listed = datasets.listing(dataset, rules, settings.fold, split, pairs, held_out, validating=on == "base")
     images = datasets.usable(dataset, rules, settings.fold, split, listed, opened)
-    return EpisodeSampler(
-        images.listed,
+    return datasets.sampler_of(
+        images,
+        rules,
         shots=settings.episodic.train_shots,
         fold=settings.fold,
         seed=settings.workers.seed,
         training=False,
-        order=rules.order,
-        pairs=images.pairs,
-        repeats_supports=rules.repeats_supports,
         test_view=rules.test_view if on == "novel" else PLAIN,
     )
 
@@ -218,7 +214,10 @@ def validation_sampler(
 def title(settings: Settings) -> str:
     """The run's name: fold, model, and what else flags changed in the recipe."""
     recipe = RECIPES[settings.recipe]()
-    words = departures(settings.teaching, recipe.teaching) + departures(settings.benchmark, recipe.benchmark)
+    # How a test is scored makes no other model.
+    of_training = replace(settings.benchmark, scored_at=None, align_corners=None, scores_void=None)
+    words = departures(settings.teaching, recipe.teaching)
+    words += departures(of_training, recipe.benchmark)
     words += departures(settings.episodic, recipe.episodic)
     of_folder = ("encoder-", "res-")  # they are in the run folder's name
     words += [w for w in departures(settings.backbone, recipe.backbone) if not w.startswith(of_folder)]

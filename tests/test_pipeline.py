@@ -321,6 +321,13 @@ def test_an_error_in_a_worker_reaches_the_user_as_it_was_raised(whole_run, place
         run("train_episodic", *flags(damaged), "--fold", FOLD, *these)
 
 
+def test_how_a_test_is_scored_makes_no_other_model(whole_run, places):
+    scoring = ["--align-corners", "True", "--scored-at", "square"]
+    assert run("train_episodic", *flags(places), "--fold", FOLD, *scoring) == whole_run["4d"]
+    with pytest.raises(UserError, match=r"other settings is there \(.*rules.drops_novel: expected False, got True"):
+        run("train_episodic", *flags(places), "--fold", FOLD, "--protocol", "hsnet", "--name", f"fold{FOLD}-4d")
+
+
 def test_a_report_holds_every_method(whole_run, places, capsys, tmp_path):
     result = run("report", *flags(places, "--tracking-uri"), "--dataset", "shapes", "--out", tmp_path / "report")
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

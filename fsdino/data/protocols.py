@@ -66,6 +66,20 @@ class Protocol:
         changes: dict[str, Any] = ON_COCO.get(self.name, {}) if dataset.is_coco else {}
         return replace(self, **changes)
 
+    def of_training(self) -> dict[str, Any]:
+        """The rules that a training depends on; all others are the test's, and make no other model."""
+        names = (
+            "name",
+            "min_pixels",
+            "listed_on_grid",
+            "drops_novel",
+            "draws_any_pixel",
+            "order",
+            "repeats_supports",
+            "void_in_training",
+        )
+        return {name: getattr(self, name) for name in names}
+
     def training_images(self, dataset: Dataset, fold: int, held_out: Collection[int] = ()) -> dict[str, ImageClasses]:
         """Images that may train the fold, with their base classes, in the list's order. Base classes that are held out
         for validation count as novel ones."""
