@@ -15,7 +15,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from fsdino import specs
-from fsdino.errors import Fault, UserError
+from fsdino.errors import Fault, UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,18 @@ WAIT_SECONDS = 1.0  # before the second try, doubled each time
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `FSDINO_CACHE`, or `~/.cache/fsdino`."""
-    return Path(os.environ.get("FSDINO_CACHE") or "~/.cache/fsdino").expanduser()
+    """Where downloads and what was read of labels are kept: `FSDINO_CACHE`, or `~/.cache/fsdino`; made if need be.
+
+    Raises UserError if it is no folder and cannot become one.
+    """
+    folder = Path(os.environ.get("FSDINO_CACHE") or "~/.cache/fsdino").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: expected a folder for the cache, got: {first_line(error)}; name another with FSDINO_CACHE"
+        ) from None
+    return folder
 
 
 def offline() -> bool:
@@ -77,7 +87,6 @@ def fetch(name: str, published: Published | None = None) -> Path:
             f"{target}: expected the weights of {name}, found none, and FSDINO_OFFLINE forbids downloading them"
         )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with open(target.with_name(f"{target.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that want the same file, one works and the others wait
             if not target.exists():

@@ -79,17 +79,19 @@ def job(settings: Settings) -> dict[str, Any]:
     plan, title, decisive, about = planned(settings)
     folder = checkpoints.run_folder(places, plan.dataset.name, plan.method.backbone)
     results = []
-    for seed in range(testing.test_seed, testing.test_seed + testing.seeds):
-        scores = ScoreFile(f"{folder}/scores", title, decisive | {"test_seed": seed})
-        result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
-        if result is None:
-            from pipelines import evaluation
+    try:
+        for seed in range(testing.test_seed, testing.test_seed + testing.seeds):
+            scores = ScoreFile(f"{folder}/scores", title, decisive | {"test_seed": seed})
+            result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
+            if result is None:
+                from pipelines import evaluation
 
-            run = evaluation.episodes if plan.sampler else evaluation.videos
-            result = run(plan, seed, scores, {**about, "seed": seed})
-        results.append(result)
-    if "pipelines.scoring" in sys.modules:
-        sys.modules["pipelines.scoring"].drop_scorer()
+                run = evaluation.episodes if plan.sampler else evaluation.videos
+                result = run(plan, seed, scores, {**about, "seed": seed})
+            results.append(result)
+    finally:
+        if "pipelines.scoring" in sys.modules:
+            sys.modules["pipelines.scoring"].drop_scorers()
     return over_seeds(results)
 
 

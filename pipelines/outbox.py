@@ -17,15 +17,15 @@ class Unsent:
 
     run_id: str
     points: list[Point] = field(default_factory=list)
-    pictures: dict[str, bytes] = field(default_factory=dict)
-    """Name of the artifact to a PNG."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Name of the artifact to its bytes."""
     folders: dict[str, str] = field(default_factory=dict)
     """Name of the artifact to the URL of a published checkpoint."""
     status: str = ""
     """FINISHED or FAILED; empty while the run goes on."""
 
     def __bool__(self) -> bool:
-        return bool(self.points or self.pictures or self.folders or self.status)
+        return bool(self.points or self.files or self.folders or self.status)
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Outbox:
         """What a run could not send; nothing if there is no file of it, or a damaged one."""
         try:
             record: dict[str, Any] = json.loads(bytes(open_folder(self.folder).read(self._file(run_id))))
-            pictures = {name: base64.b64decode(data) for name, data in record["pictures"].items()}
+            files = {name: base64.b64decode(data) for name, data in record["files"].items()}
             points: list[Point] = [(name, value, time, step) for name, value, time, step in record["points"]]
-            return Unsent(run_id, points, pictures, record["folders"], record["status"])
+            return Unsent(run_id, points, files, record["folders"], record["status"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return Unsent(run_id)
 
@@ -57,8 +57,8 @@ class Outbox:
         if not unsent:
             folder.delete(self._file(unsent.run_id))
             return
-        pictures = {name: base64.b64encode(data).decode() for name, data in unsent.pictures.items()}
-        record = {"points": unsent.points, "pictures": pictures, "folders": unsent.folders, "status": unsent.status}
+        files = {name: base64.b64encode(data).decode() for name, data in unsent.files.items()}
+        record = {"points": unsent.points, "files": files, "folders": unsent.folders, "status": unsent.status}
         folder.write(self._file(unsent.run_id), [json.dumps(record).encode()])
 
     def _file(self, run_id: str) -> str:

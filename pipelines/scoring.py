@@ -199,12 +199,15 @@ def scorer_of(job: ScoringPlan) -> Scorer:
     return _scorers[0]
 
 
-def drop_scorer() -> None:
-    """Let go of the scorer's network and features."""
+def drop_scorers() -> None:
+    """Let go of networks and features, in this process and in the actors."""
     _scorers.clear()
+    _actors.clear()
 
 
 _scorers: list[Scorer] = []
+_actors: list[tuple[ScoringPlan, list[Any]]] = []
+"""Those of the last job; a further seed finds them with their networks loaded."""
 
 
 def _by_actors(job: ScoringPlan, seed: int, chunks: Sequence[range], tasks: int) -> Iterator[list[EpisodeScore]]:
@@ -215,10 +218,13 @@ def _by_actors(job: ScoringPlan, seed: int, chunks: Sequence[range], tasks: int)
     import ray
     from ray.util import ActorPool
 
-    shared = ray.put(job)
-    actors = [ray.remote(num_cpus=job.task_cpus, num_gpus=gpus)(_Actor).remote(shared) for _ in range(tasks)]
+    if not _actors or _actors[0][0] is not job:
+        shared = ray.put(job)
+        actor = ray.remote(num_cpus=job.task_cpus, num_gpus=gpus)(_Actor)
+        _actors[:] = [(job, [actor.remote(shared) for _ in range(tasks)])]
     with cluster.faults():
-        outcomes = ActorPool(actors).map_unordered(lambda actor, chunk: actor.score.remote(seed, chunk), list(chunks))
+        pool = ActorPool(_actors[0][1])
+        outcomes = pool.map_unordered(lambda actor, chunk: actor.score.remote(seed, chunk), list(chunks))
         for outcome in outcomes:
             yield outcome.get()
 

@@ -74,11 +74,11 @@ class Run:
         """Store a picture as an artifact, with the next flush."""
         file = io.BytesIO()
         image.save(file, "PNG")
-        self.unsent.pictures[name] = file.getvalue()
+        self.unsent.files[name] = file.getvalue()
 
     def file(self, data: bytes, name: str) -> None:
         """Store a file as an artifact, with the next flush."""
-        self.unsent.pictures[name] = data
+        self.unsent.files[name] = data
 
     def folder(self, url: str, name: str) -> None:
         """Store a published folder's files as artifacts under `name`, with the next flush."""
@@ -135,12 +135,12 @@ class Run:
             self.client.set_terminated(self.run_id, unsent.status)
             unsent.status = ""
         with tempfile.TemporaryDirectory() as folder:
-            for name, data in list(unsent.pictures.items()):
+            for name, data in list(unsent.files.items()):
                 path = Path(folder) / Path(name).name
                 path.write_bytes(data)
                 folder_of = str(Path(name).parent)
                 self.client.log_artifact(self.run_id, str(path), None if folder_of == "." else folder_of)
-                del unsent.pictures[name]
+                del unsent.files[name]
         for name, url in list(unsent.folders.items()):
             with tempfile.TemporaryDirectory() as folder:
                 published = open_folder(url)

@@ -205,7 +205,7 @@ def test_the_lists_of_davis_2016s_own_release_name_frames(davis):
     lists = davis / "ImageSets" / "480p"
     lists.mkdir()
     lines = [f"/JPEGImages/480p/swan/{i:05d}.jpg /Annotations/480p/swan/{i:05d}.png" for i in range(4)]
-    (lists / "val.txt").write_text("\n".join(lines) + "\n")
+    (lists / "val.txt").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
     assert [v.name for v in open_dataset(str(davis), "davis2016").videos] == ["swan"]
 
 
@@ -219,6 +219,14 @@ def test_frames_come_in_the_order_of_their_numbers_and_a_short_list_of_them_is_r
     dataset.lists["val"] = ["swan/0", "swan/4"]
     with pytest.raises(UserError, match="video swan: expected three frames or more"):
         _ = dataset.videos
+
+
+def test_an_object_that_comes_later_is_not_scored_and_told(davis):
+    path = davis / "Annotations" / "480p" / "swan" / "00002.png"
+    mask(path, disc(value=1) + disc(value=3, top=17), palette=True)
+    dataset = open_dataset(str(davis), "davis2017")
+    assert dataset.class_names == ["two-dogs/1", "two-dogs/2", "swan/1"]
+    assert dataset.notes() == [f"{path}: object 3 is not in the first frame: not scored"]
 
 
 def test_a_video_without_frames_or_without_an_object_is_named(davis):
@@ -277,6 +285,18 @@ def test_a_folder_of_masks_by_class_which_may_overlap(own):
     assert dataset.summary("n0").pixels == {1: 150, 2: 150} and dataset.summary("n2").pixels == {1: 150}
     assert np.array_equal(dataset.mask("n0", 2), disc(top=8)) and np.array_equal(dataset.mask("n0", 1), disc())
     assert not dataset.mask("n1", 1).any() and dataset.mask("n1", 1).shape == (30, 40)
+
+
+def test_links_to_folders_are_followed_once_and_one_that_leads_nowhere_is_named(own):
+    by_class(own)
+    (own / "images" / "deep").rename(own.parent / "elsewhere")
+    (own / "images" / "deep").symlink_to(own.parent / "elsewhere")
+    (own.parent / "elsewhere" / "back").symlink_to(own / "images")
+    dataset = open_dataset(str(own))
+    assert sorted([*dataset.ids("train"), *dataset.ids("val")]) == sorted(IDS)
+    (own / "masks" / "wal" / "n4.png").symlink_to(own / "nowhere.png")
+    with pytest.raises(UserError, match=r"wal/n4\.png: expected"):
+        open_dataset(str(own)).summary("n4")
 
 
 def test_what_programs_leave_in_a_folder_is_no_class(own):

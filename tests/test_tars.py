@@ -47,6 +47,9 @@ def test_photographs_in_tars_are_found_and_read_in_place(published):
         plain = unpacked / image_id.rsplit("/", 1)[1]
         assert np.array_equal(read_image(source), read_image(str(plain)))
     assert list(list_photographs(str(packed / "sa_000000.tar"))) == [i for i in found if i.startswith("sa_000000")]
+    loud = (packed / "sa_000000.tar").rename(packed / "LOUD.TAR")
+    assert next(iter(list_photographs(str(loud)))) == "LOUD/sa_0.jpg"
+    loud.rename(packed / "sa_000000.tar")
     stamps = file_stamps(list(found.values()))
     assert stamps[found["sa_000000/sa_3.jpg"]] == str(len(png(3)))
 

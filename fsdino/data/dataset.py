@@ -150,7 +150,6 @@ class Dataset(ABC):
             labels = {i: label for i, label in zip(ids, found, strict=True) if label is not None}
         self.skipped |= skipped
         if not skipped:
-            cached.parent.mkdir(parents=True, exist_ok=True)
             partial = cached.with_suffix(f".{uuid.uuid4().hex}.partial")
             partial.write_text(json.dumps(labels))
             partial.rename(cached)

@@ -16,7 +16,7 @@ from fsdino import paper
 from fsdino.data.dataset import Dataset, LabelSummary, Split
 from fsdino.data.folds import Folds
 from fsdino.data.masks import binary_label
-from fsdino.errors import DataError, reachable
+from fsdino.errors import DataError, UserError, reachable
 from fsdino.kinds import Kind
 from fsdino.preprocess import Source, decoded
 
@@ -102,6 +102,22 @@ class DavisDataset(Dataset):
         masks = {c: (annotation == number).astype(np.uint8) for number, c in of_video.items()}
         return LabelSummary.of_masks((width, height), masks)
 
+    def notes(self) -> list[str]:
+        """See Dataset. Objects that the first frame does not show, which the benchmark does not score."""
+        found = []
+        for video in self.videos:
+            known = {number for of, number in self._objects if of == video.name}
+            for frame in video.frames[1:]:
+                try:
+                    later = set(np.unique(self._annotation(frame)).tolist()) - known - {0, paper.VOID}
+                except UserError:  # an annotation that cannot be read is told elsewhere
+                    continue
+                if later:
+                    place = self.label_source(frame)
+                    found.append(f"{place}: object {min(later)} is not in the first frame: not scored")
+                    break
+        return found
+
     def _numbered(self) -> list[tuple[int, tuple[str, int]]]:
         """Class id, video and number of each object."""
         return list(enumerate(self._objects, start=1))
@@ -125,7 +141,7 @@ class DavisDataset(Dataset):
         if path is None:
             raise DataError(f"{self.root}: expected a list of {split} videos in ImageSets, found none")
         with reachable(path):
-            lines = [line.split() for line in path.read_text().splitlines()]
+            lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         videos = list(dict.fromkeys(_video(line) for line in lines if line))
         found = {}
         for video in videos:

@@ -9,8 +9,10 @@ train.txt and val.txt list ids (lists.py has their forms); without them a quarte
 is val. folds.txt splits the classes, one fold a line, with commas between names; without it four blocks do.
 """
 
+import os
 import zlib
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -250,7 +252,17 @@ def _below(folder: UPath) -> list[str]:
     if not folder.is_dir():
         return []
     base = str(folder).rstrip("/") + "/"
-    return [str(path).removeprefix(base) for path in folder.rglob("*") if path.is_file()]
+    if not isinstance(folder, Path):
+        return [str(path).removeprefix(base) for path in folder.rglob("*") if path.is_file()]
+    # Links are followed, each folder once; one that leads nowhere is a file, so that reading it says so.
+    found, seen = [], set()
+    for at, inner, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(at) in seen:
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        found += [os.path.join(at, name).removeprefix(base) for name in names]
+    return found
 
 
 def _suffix(name: str) -> str:

@@ -81,7 +81,6 @@ def read_instances(path: UPath) -> Instances:
         with reachable(path):
             data = path.read_bytes()
         found = _parse(str(path), data)
-        cached.parent.mkdir(parents=True, exist_ok=True)
         partial = cached.with_suffix(f".{uuid.uuid4().hex}.npz")
         np.savez(partial, **{**vars(found), "class_names": found.class_names, "names": found.names})
         partial.rename(cached)

@@ -51,7 +51,7 @@ def list_photographs(
 def _within_tars(listed: Iterator[tuple[str, str]], skipped: dict[str, str] | None) -> Iterator[tuple[str, str]]:
     """What was listed, archives replaced by the photographs in them."""
     for image_id, source in listed:
-        if not image_id.endswith(TAR):
+        if Path(image_id).suffix.lower() != TAR:
             yield image_id, source
             continue
         try:
@@ -63,7 +63,7 @@ def _within_tars(listed: Iterator[tuple[str, str]], skipped: dict[str, str] | No
             continue
         for name in names:
             if Path(name).suffix.lower() in SUFFIXES:
-                yield f"{image_id.removesuffix(TAR)}/{name}", f"tar://{name}::{source}"
+                yield f"{image_id[: -len(TAR)]}/{name}", f"tar://{name}::{source}"
 
 
 def _drawn(found: dict[str, str], share: float, seed: int) -> dict[str, str]:
