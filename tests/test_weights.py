@@ -179,7 +179,7 @@ def test_every_process_that_waits_in_vain_is_told_so(server, cache):
 def test_a_cache_that_cannot_be_written_is_a_users_mistake(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FSDINO_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="file: expected a folder for the cache, got: .* another with FSDINO_CACHE"):
+    with pytest.raises(UserError, match=r"file: expected a folder for the cache, got: .* another with FSDINO_CACHE"):
         fetch("name", Published(f"{server}/whole/file.pth", MD5))
     monkeypatch.setenv("FSDINO_CACHE", "")
     monkeypatch.setenv("HOME", str(tmp_path))
