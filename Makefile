@@ -9,7 +9,7 @@ demo: $(READY)
 	@$(BIN)/python -m pipelines.demo
 
 test: $(READY) check
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow

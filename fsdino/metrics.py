@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from scipy.ndimage import minimum_filter1d
 
 from fsdino import paper
 
@@ -59,11 +58,19 @@ def boundary_of(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
     edge = np.zeros_like(mask)
     if len(rows):
         window = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))  # the erosion reaches no further
-        core = mask[window].view(np.uint8)
-        for axis in (0, 1):
-            core = minimum_filter1d(core, 2 * reach + 1, axis=axis, mode="constant", cval=0)
-        edge[window] = mask[window] & (core == 0)
+        edge[window] = mask[window] & ~_eroded(mask[window], reach)
     return edge
+
+
+def _eroded(mask: np.ndarray, reach: int) -> np.ndarray:
+    """Pixels whose square of 2 reach + 1 lies in the mask: along each axis, runs are joined to ever longer ones."""
+    for _ in range(2):
+        mask, length = np.pad(mask, ((reach, reach), (0, 0))), 1
+        while length < 2 * reach + 1:
+            step = min(length, 2 * reach + 1 - length)
+            mask, length = mask[:-step] & mask[step:], length + step
+        mask = mask.T
+    return mask
 
 
 class FewShotScore:
