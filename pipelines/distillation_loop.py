@@ -72,7 +72,7 @@ class Distiller:
         per_epoch = len(self.job.trained) // self.distillation.distill_batch
         steps = per_epoch * self.distillation.distill_epochs
         self.adapter.load_state_dict(state["adapter"])
-        optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=self.distillation.distill_lr)
+        optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=self.distillation.distill_lr, fused=True)
         if "optimiser" in state:
             optimiser.load_state_dict(state["optimiser"])
         best, best_mse, r2 = state.get("best", state["adapter"]), state.get("best_mse", float("inf")), 0.0

@@ -96,7 +96,8 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
     checker.void_is_background = False
     segmenter = build_segmenter(job).to(worker.device)
     model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))
-    optimiser = torch.optim.AdamW(parameter_groups(segmenter, job.episodic), weight_decay=paper.WEIGHT_DECAY)
+    groups = parameter_groups(segmenter, job.episodic)
+    optimiser = torch.optim.AdamW(groups, weight_decay=paper.WEIGHT_DECAY, fused=True)
     run, steps = worker.run, job.steps
 
     first, seconds = 0, 0.0

@@ -25,7 +25,7 @@ from feature_store.storage import open_folder
 from feature_store.urls import absolute, filesystem, local_path
 from fsdino import paper
 from fsdino.errors import Fault, first_line
-from pipelines import cluster, tracking
+from pipelines import cluster, heap, tracking
 from pipelines.outbox import Outbox
 from pipelines.outcome import EXPECTED, ClusterFault, Outcome
 from pipelines.progress import Progress, shown
@@ -211,6 +211,7 @@ def _work(config: dict[str, Any]) -> None:
 
 def _loop(task: Task, context: Any) -> None:
     """The task's loop in this worker."""
+    heap.keep_freed_memory()
     torch.manual_seed(task.workers.seed)
     # Ray sets OMP_NUM_THREADS from whole CPUs before torch is loaded; this also covers fractions.
     torch.set_num_threads(max(1, int(task.workers.worker_cpus)))
