@@ -3,7 +3,7 @@
     python -m pipelines.analyze_layers --recipe offline --images 64 --plot layers.png
 
 For each layer: Pearson's r between its self-similarity map and the teacher's, over all pairs of positions, averaged
-over images. Prints a table; table, plot and maps at a few points are also in MLflow's experiment `analyze`.
+over images. Prints a table; table, plot and maps at a few points are also in MLflow's experiment `analyze/DATASET`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from pipelines import datasets
 from pipelines.checks import Count, Picture, Seed
 from pipelines.cli import main
 from pipelines.recipes import Backbone, Device, Places, RecipeName, Teaching
+from pipelines.runs import About
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def job(settings: Settings) -> dict[str, Any]:
     print(table)
     picture = panels.curve(list(means), list(means.values()), f"agreement with {teacher.name}", encoder.name)
     params = {"encoder": encoder.name, "teacher": teacher.name, "res": backbone.res, "images": settings.images}
-    with tracking.running(settings.places.tracking_uri, "analyze", f"{encoder.name}@{backbone.res}", params) as run:
+    about = About("analyze", dataset.name, f"{encoder.name}@{backbone.res}", params)
+    with tracking.running(settings.places.tracking_uri, about) as run:
         for number, r in enumerate(means.values()):
             run.log(number, agreement=r)
         run.picture(picture, "panels/layers.png")

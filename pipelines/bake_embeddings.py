@@ -67,6 +67,8 @@ def job(settings: Settings) -> dict[str, Any]:
         [extraction.Target(stores.place(places.store, dataset.name, fingerprint), fingerprint, early.samples)],
         settings.extraction,
         places.tracking_uri,
+        dataset.name,
+        stores.inputs((early,), "training"),
     )
 
 

@@ -22,6 +22,7 @@ from fsdino.errors import DataError, UserError, reachable
 from fsdino.preprocess import shown_size
 from pipelines import stores
 from pipelines.recipes import Benchmark, Photographs, Places
+from pipelines.runs import Input
 
 T = TypeVar("T")
 TOLD = 20
@@ -134,6 +135,13 @@ def usable(
     if pairs is not None:
         pairs = [(i, class_id) for i, class_id in pairs if i in images and class_id in images[i].listed]
     return Images(images, pairs, left_out)
+
+
+def data_input(dataset: Dataset, split: Split, images: Iterable[str]) -> Input:
+    """A split of the data set as MLflow lists what a run read; `images` are those in use."""
+    profile = {"split": split, "listed": len(dataset.ids(split)), "used": len(list(images)), "kind": dataset.kind}
+    context = "training" if split == "train" else "test"
+    return Input(dataset.name, dataset.list_digest(split), str(dataset.root), context, profile)
 
 
 def _sizes_of_photographs(dataset: Dataset, images: Iterable[str]) -> dict[str, tuple[int, int]]:

@@ -73,14 +73,15 @@ def job(settings: Settings) -> dict[str, Any]:
     run = RunFolder(
         folder=checkpoints.adapters_folder(places, backbone),
         name=checkpoints.distill_name(settings.teaching, name),
-        experiment="distill",
+        pipeline="distill",
+        dataset=name,
         checkpoint="adapter",
         identity=identity(
             stores=[asdict(s.fingerprint) for s in early],
             features=[store.content(ids) for store in (*early, teacher)],
             **origin,
         ),
-        tags={"dataset": name, **stores.fingerprint_tags(store.fingerprint for store in (*early, teacher))},
+        inputs=stores.inputs((*early, teacher), "training"),
     )
     record = run.finished(places.tracking_uri)
     if record is None:

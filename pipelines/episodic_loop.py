@@ -26,6 +26,8 @@ from pipelines.loading import EpisodeLoader
 from pipelines.recipes import Episodic
 
 PANEL_ROWS = 4
+PANELS = 8  # pictures of the same episodes, over a training
+FLUSH_EVERY = 50  # steps
 SAM_PARTS = ("decoder.", "mask_downscaling.", "positional_encoding.")
 
 
@@ -122,8 +124,13 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         worker.report(f"train fold {job.sampler.fold}", done, steps)
         if run:
             run.log(done, **losses, lr=optimiser.param_groups[0]["lr"])
-            if done % 50 == 0:
+            if done % FLUSH_EVERY == 0:
+                run.measure_machine(done)
                 run.flush()
+            if done % max(1, steps // PANELS) == 0:
+                with tracking.optional(run, "the picture of training"):
+                    picture = draw_panel(segmenter, loader, job.sampler, worker.device)
+                    run.picture_of_step(picture, "training episodes", done)
         if job.validation is not None and (done % job.episodic.validate_every == 0 or done == steps):
             # Rank 0 decides for all: a difference in rounding must not let ranks resume from different weights.
             (miou,) = training.from_rank_0(lambda: (validate(segmenter, checker, job, worker),))
@@ -148,6 +155,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             "seconds_per_step": round(clock.total() / steps, 4),
         }
         final = f"{worker.folder}/final"
+        run.measure_machine(steps)
         run.log(steps, seconds_per_step=result["seconds_per_step"])
         run.folder(final, "segmenter")
         if job.validation is not None:
@@ -155,12 +163,10 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         run.keep("FINISHED")
         if job.validation is not None:
             result |= {"best_step": best["step"], "best_val_miou": round(best["miou"], 6)}
-            publish_best(job, best["weights"], result, f"{worker.folder}/best")
+            publish_best(job, best["weights"], result, f"{worker.folder}/best", run.run_id)
         with tempfile.TemporaryDirectory() as folder:
-            segmenter.save(folder, **job.origin, training=result, commit=tracking.commit())
+            segmenter.save(folder, **job.origin, training=result, commit=tracking.commit(), run_id=run.run_id)
             checkpoints.publish(folder, final)
-        with tracking.optional(run, "the picture of training"):
-            run.picture(draw_panel(segmenter, loader, job.sampler, worker.device), "panels/training.png")
         run.flush(at_once=True)
         run.keep()
 
@@ -184,13 +190,13 @@ def validate(segmenter: Segmenter, loader: EpisodeLoader, job: EpisodicJob, work
     return score.result()["miou"]
 
 
-def publish_best(job: EpisodicJob, weights: dict[str, Tensor], result: dict[str, Any], url: str) -> None:
+def publish_best(job: EpisodicJob, weights: dict[str, Tensor], result: dict[str, Any], url: str, run_id: str) -> None:
     """A checkpoint of the best weights, which says what chose them."""
     best = build_segmenter(job)
     best.load_state_dict(weights)
     with tempfile.TemporaryDirectory() as folder:
         selected = {"on": job.episodic.select_on, "step": result["best_step"], "miou": result["best_val_miou"]}
-        best.save(folder, **job.origin, training=result, selected=selected, commit=tracking.commit())
+        best.save(folder, **job.origin, training=result, selected=selected, commit=tracking.commit(), run_id=run_id)
         checkpoints.publish(folder, url)
 
 
@@ -198,6 +204,6 @@ def publish_best(job: EpisodicJob, weights: dict[str, Tensor], result: dict[str,
 def draw_panel(
     segmenter: Segmenter, loader: EpisodeLoader, sampler: EpisodeSampler, device: torch.device
 ) -> Image.Image:
-    """A few training episodes as pictures."""
+    """A few training episodes as pictures, always the same."""
     batch = loader.load([sampler.episode(i).plain() for i in range(PANEL_ROWS)]).to(device)
     return panels.episodes(loader.dataset, loader.view_seed, batch.episodes, segment_batch(segmenter, batch))

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from fsdino.config import SegmenterConfig
 from fsdino.data.davis import DavisDataset
 from fsdino.errors import UserError
-from pipelines import checkpoints, datasets, subjects
+from pipelines import checkpoints, datasets, stores, subjects
 from pipelines.checks import Cores, Few, Fold, Folder, Picture, Place, Range, Share, Weights
 from pipelines.cli import main
 from pipelines.recipes import Backbone, Benchmark, Device, Places, RecipeName, Teaching, Testing
@@ -78,21 +78,33 @@ def job(settings: Settings) -> dict[str, Any]:
     places, testing = settings.places, settings.testing
     plan, title, decisive, about = planned(settings)
     folder = checkpoints.run_folder(places, plan.dataset.name, plan.method.backbone)
-    results = []
-    try:
-        for seed in range(testing.test_seed, testing.test_seed + testing.seeds):
-            scores = ScoreFile(f"{folder}/scores", title, decisive | {"test_seed": seed})
-            result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
-            if result is None:
-                from pipelines import evaluation
+    seeds = list(range(testing.test_seed, testing.test_seed + testing.seeds))
+    summary = ScoreFile(f"{folder}/scores", title, decisive | {"test_seed": seeds})
 
-                run = evaluation.episodes if plan.sampler else evaluation.videos
-                result = run(plan, seed, scores, {**about, "seed": seed})
-            results.append(result)
+    def scored(seed: int, parent: str | None) -> dict[str, Any]:
+        scores = ScoreFile(f"{folder}/scores", title, decisive | {"test_seed": seed})
+        result = None if settings.panel or settings.masks else scores.finished(places.tracking_uri)
+        if result is None:
+            from pipelines import evaluation
+
+            run = evaluation.episodes if plan.sampler else evaluation.videos
+            result = run(plan, seed, scores, {**about, "seed": seed}, parent)
+        return result
+
+    try:
+        if len(seeds) == 1:
+            return scored(seeds[0], None)
+        result = summary.finished(places.tracking_uri)
+        if result is None:
+            from pipelines import evaluation
+
+            with evaluation.summary(plan, summary) as run:
+                result = over_seeds([scored(seed, run.run_id) for seed in seeds])
+                evaluation.summarise(run, plan, summary, result)
+        return result
     finally:
         if "pipelines.scoring" in sys.modules:
             sys.modules["pipelines.scoring"].drop_scorers()
-    return over_seeds(results)
 
 
 def planned(settings: Settings) -> tuple[ScoringPlan, str, dict[str, Any], dict[str, Any]]:
@@ -164,6 +176,8 @@ def planned(settings: Settings) -> tuple[ScoringPlan, str, dict[str, Any], dict[
         memory=settings.memory,
         memory_confidence=settings.memory_confidence,
         tracking_uri=places.tracking_uri,
+        inputs=(datasets.data_input(dataset, "val", used), *stores.inputs(opened, "test")),
+        trained=subject.run_id,
         panel=settings.panel or "",
         masks=settings.masks or "",
     )
@@ -200,9 +214,7 @@ def check_flags(settings: Settings, video: bool) -> None:
 
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result as it is; of several the mean of each measure, its standard deviation, and each seed's own."""
-    if len(results) == 1:
-        return results[0]
+    """The mean of each measure over results, its standard deviation, and each seed's own."""
     names = [name for name in MEASURES if name in results[0]]
     values = {name: [result[name] for result in results] for name in names}
     seeds = [{"seed": result["seed"], **{name: result[name] for name in names}} for result in results]

@@ -1,23 +1,28 @@
 """A seed of an evaluation: run, written, then logged with pictures and a table of the episodes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from pipelines import scoring, tracking, video_scoring
-from pipelines.runs import ScoreFile, flat
+from pipelines.runs import About, ScoreFile, flat
 from pipelines.scoring_plan import ScoringPlan
 
 
-def episodes(plan: ScoringPlan, seed: int, scores: ScoreFile, about: dict[str, Any]) -> dict[str, Any]:
-    """`about` with the measures of a seed's episodes (see scoring.result_of)."""
-    with _logged(plan, scores) as run:
+def episodes(
+    plan: ScoringPlan, seed: int, scores: ScoreFile, about: dict[str, Any], parent: str | None
+) -> dict[str, Any]:
+    """`about` with the measures of a seed's episodes (see scoring.result_of); `parent` is the run of several seeds."""
+    with _logged(plan, scores, f"-seed{seed}", parent) as run:
         found = scoring.score(plan, seed)
         result = {**about, **scoring.result_of(plan, found)}
         table = scoring.parquet(found, plan.dataset.class_names)
         run.file(table, "episodes.parquet")
         _log(run, result)
         scores.write(result, table)
+        _tag(plan, scores, result, parent)
         with tracking.optional(run, "the pictures of episodes"):
             scorer = scoring.scorer_of(plan)
             first = scorer.picture(seed, range(min(scoring.PANEL_ROWS, plan.episodes)))
@@ -30,19 +35,73 @@ def episodes(plan: ScoringPlan, seed: int, scores: ScoreFile, about: dict[str, A
     return result
 
 
-def videos(plan: ScoringPlan, seed: int, scores: ScoreFile, about: dict[str, Any]) -> dict[str, Any]:
+def videos(
+    plan: ScoringPlan, seed: int, scores: ScoreFile, about: dict[str, Any], parent: str | None
+) -> dict[str, Any]:
     """`about` with J and F of every object (see video_scoring.score)."""
-    with _logged(plan, scores) as run:
+    with _logged(plan, scores, "", parent) as run:
         result = {**about, **video_scoring.score(plan)}
         _log(run, result)
         scores.write(result)
+        _tag(plan, scores, result, parent)
     return result
 
 
-def _logged(plan: ScoringPlan, scores: ScoreFile) -> Any:
-    """The MLflow run of a seed."""
-    name, tags = f"fold{plan.fold}-{scores.title}", {"dataset": plan.dataset.name}
-    return tracking.running(plan.tracking_uri, "evaluate", name, flat(scores.identity), tags, outbox=scores.outbox)
+TAGGED = ("miou", "fb_iou", "empty", "j_and_f")
+"""Measures that a registered model carries."""
+
+
+@contextmanager
+def summary(plan: ScoringPlan, scores: ScoreFile) -> Iterator[tracking.Run]:
+    """The run of several seeds, above theirs; a rerun after a kill continues it."""
+    with _logged(plan, scores, "", None, scores.begun(), {tracking.SUMMARY: "seeds"}) as run:
+        scores.begin(run.run_id)
+        yield run
+
+
+def summarise(run: tracking.Run, plan: ScoringPlan, scores: ScoreFile, result: dict[str, Any]) -> None:
+    """Log the means and deviations of several seeds, and write them."""
+    numbers = {key: value for key, value in result.items() if isinstance(value, float)}
+    run.log(0, **numbers, **{f"{key}_std": value for key, value in result["std"].items()})
+    run.keep("FINISHED")
+    scores.write(result)
+    _tag(plan, scores, result, None)
+
+
+def _logged(
+    plan: ScoringPlan,
+    scores: ScoreFile,
+    suffix: str,
+    parent: str | None,
+    run_id: str | None = None,
+    tags: dict[str, str] | None = None,
+) -> Any:
+    """The MLflow run of a score."""
+    about = About(
+        pipeline="evaluate",
+        dataset=plan.dataset.name,
+        name=f"fold{plan.fold}-{scores.title}-{_test(plan, scores)}{suffix}",
+        params=flat(scores.identity),
+        inputs=plan.inputs,
+        tags=tags or {},
+        parent=parent,
+        trained=plan.trained,
+    )
+    return tracking.running(plan.tracking_uri, about, run_id, scores.outbox)
+
+
+def _test(plan: ScoringPlan, scores: ScoreFile) -> str:
+    """What kind of test it is, in a word."""
+    words = ["absent"] if plan.lacking is not None else []
+    words += ["vote"] if plan.vote and scores.identity["shots"] > 1 else []
+    return "-".join([f"{scores.identity['shots']}shot", plan.rules.name, *words])
+
+
+def _tag(plan: ScoringPlan, scores: ScoreFile, result: dict[str, Any], parent: str | None) -> None:
+    """The scores of a test on the models that it scored; of several seeds their means."""
+    if plan.trained is not None and parent is None:
+        measures: dict[str, float] = {key: result[key] for key in TAGGED if key in result}
+        tracking.tag_models(plan.tracking_uri, plan.trained, measures, f"{plan.dataset.name} {_test(plan, scores)}")
 
 
 def _log(run: tracking.Run, result: dict[str, Any]) -> None:

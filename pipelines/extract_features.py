@@ -69,6 +69,8 @@ def job(settings: Settings) -> dict[str, Any]:
         targets,
         settings.extraction,
         settings.places.tracking_uri,
+        name,
+        (extraction.photographs_input(settings.places, settings.photographs, name, rows),),
     )
 
 

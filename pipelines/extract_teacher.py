@@ -61,6 +61,8 @@ def job(settings: Settings) -> dict[str, Any]:
         [extraction.Target(stores.place(settings.places.store, name, fingerprint), fingerprint, rows)],
         settings.extraction,
         settings.places.tracking_uri,
+        name,
+        (extraction.photographs_input(settings.places, settings.photographs, name, rows),),
     )
 
 

@@ -25,14 +25,16 @@ from fsdino.data.dataset import Dataset, Split
 from fsdino.data.photographs import same_file
 from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
-from pipelines import cluster, datasets, stores
+from pipelines import checkpoints, cluster, datasets
 from pipelines.networks import NetworkPlan
 from pipelines.outbox import Outbox
 from pipelines.recipes import Extraction, Photographs, Places
+from pipelines.runs import About, Input
 from pipelines.stages import Extract, Item, Read, Unit, Written
 
 IMAGES_PER_ITEM = 32
 NOTES_SHOWN = 5
+TOLD_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ def read_rows(
     if not there:
         raise UserError(f"{places.data}: expected a list of {' or '.join(splits)} images, but {dataset.name} has none")
     return dataset.name, plan_rows(dataset, there, num_views, test_view)
+
+
+def photographs_input(places: Places, photographs: Photographs, name: str, rows: Sequence[Row]) -> Input:
+    """What an extraction reads, as MLflow lists it."""
+    ids = sorted({text(row.sample_id) for row in rows})
+    place = photographs.images or places.data
+    return Input(name, checkpoints.short_digest(ids), place, "training", {"images": len(ids), "rows": len(rows)})
 
 
 def plan_rows(dataset: Dataset, splits: Sequence[Split], num_views: int, test_view: int = PLAIN) -> list[Row]:
@@ -99,7 +108,13 @@ def plan_items(
 
 
 def extract(
-    network: NetworkPlan, read: Read, targets: Sequence[Target], settings: Extraction, tracking_uri: str
+    network: NetworkPlan,
+    read: Read,
+    targets: Sequence[Target],
+    settings: Extraction,
+    tracking_uri: str,
+    dataset: str,
+    inputs: tuple[Input, ...],
 ) -> dict[str, Any]:
     """Fill the stores and seal them.
 
@@ -107,7 +122,7 @@ def extract(
     are added behind its others; those that have changed since are named, and computed again with `settings.refresh`.
     Images that cannot be read are quarantined up to `settings.max_bad_share` of them; while a store is unfinished, one
     that was repaired since is read again. Returns counts for the summary; a run that computed anything is also in
-    MLflow's experiment `extract`.
+    MLflow's experiment `extract/DATASET`, with its `inputs`.
 
     Raises UserError if more images cannot be read, StoreError if another store or another job is in the way, and
     ClusterFault.
@@ -138,12 +153,13 @@ def extract(
         # Once more, as another job may have been there until the locks were ours.
         writers = {target.url: create(target.url, target.fingerprint, target.rows, grown=True) for target in targets}
         name = "+".join(f"{target.fingerprint.feature}@{target.fingerprint.res_px}" for target in targets)
-        tags = stores.fingerprint_tags(target.fingerprint for target in targets)
+        params = asdict(settings) | {"samples": len(samples)}
+        for target in targets:
+            params |= {f"store.{target.fingerprint.feature}.{target.fingerprint.res_px}": redacted(target.url)}
         from pipelines import tracking
 
-        params = asdict(settings) | {"samples": len(samples)}
-        outbox = Outbox(targets[0].url)
-        with tracking.running(tracking_uri, "extract", name, params, tags, outbox=outbox) as run:
+        about = About("extract", dataset, name, params, inputs)
+        with tracking.running(tracking_uri, about, outbox=Outbox(targets[0].url)) as run:
             if any(writers[t.url].lacks(t.rows) for t in targets):
                 connect(settings, list(writers))  # before a store that is whole is opened again
             writers = {t.url: extend(writers[t.url], t.rows) for t in targets}
@@ -169,13 +185,19 @@ def extract(
                     writer.unseal()
             check_bad(bad, listed, images, settings)
             builds = {url: writer.build_id for url, writer in writers.items()}
-            written, notes = 0, []
+            written, notes, told = 0, [], time.perf_counter()
             with closing(Progress(computed, settings)) as progress:
                 for unit in run_units(network, read, builds, items, settings) if items else ():
                     progress.add(unit.images)
                     written += unit.bytes
                     bad |= unit.bad
                     notes += unit.notes
+                    if time.perf_counter() > told + TOLD_EVERY_SECONDS:
+                        told = time.perf_counter()
+                        rate = progress.bar.n / (told - started)
+                        run.log(progress.bar.n, images_per_second=rate, gigabytes=written / 1e9)
+                        run.measure_machine(progress.bar.n)
+                        run.flush()
                     check_bad(bad, listed, images, settings)
                     for lock in locks:
                         lock.check()

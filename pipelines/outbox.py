@@ -19,13 +19,15 @@ class Unsent:
     points: list[Point] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     """Name of the artifact to its bytes."""
+    series: list[tuple[str, int, bytes]] = field(default_factory=list)
+    """Pictures of a series: its name, the step, a PNG."""
     folders: dict[str, str] = field(default_factory=dict)
     """Name of the artifact to the URL of a published checkpoint."""
     status: str = ""
     """FINISHED or FAILED; empty while the run goes on."""
 
     def __bool__(self) -> bool:
-        return bool(self.points or self.files or self.folders or self.status)
+        return bool(self.points or self.files or self.series or self.folders or self.status)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Outbox:
             record: dict[str, Any] = json.loads(bytes(open_folder(self.folder).read(self._file(run_id))))
             files = {name: base64.b64decode(data) for name, data in record["files"].items()}
             points: list[Point] = [(name, value, time, step) for name, value, time, step in record["points"]]
-            return Unsent(run_id, points, files, record["folders"], record["status"])
+            series = [(name, step, base64.b64decode(data)) for name, step, data in record["series"]]
+            return Unsent(run_id, points, files, series, record["folders"], record["status"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return Unsent(run_id)
 
@@ -58,7 +61,9 @@ class Outbox:
             folder.delete(self._file(unsent.run_id))
             return
         files = {name: base64.b64encode(data).decode() for name, data in unsent.files.items()}
-        record = {"points": unsent.points, "files": files, "folders": unsent.folders, "status": unsent.status}
+        series = [(name, step, base64.b64encode(data).decode()) for name, step, data in unsent.series]
+        record = {"points": unsent.points, "files": files, "series": series}
+        record |= {"folders": unsent.folders, "status": unsent.status}
         folder.write(self._file(unsent.run_id), [json.dumps(record).encode()])
 
     def _file(self, run_id: str) -> str:

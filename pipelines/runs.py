@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 from feature_store.storage import open_folder
@@ -16,18 +16,50 @@ RUN = "run.json"
 
 
 @dataclass(frozen=True)
+class Input:
+    """Data that a run reads, as MLflow lists it."""
+
+    name: str
+    digest: str
+    place: str
+    """Path or URL."""
+    context: str
+    """training or test."""
+    profile: dict[str, Any]
+    """What else there is to know of it."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What MLflow shows of a run beside its curves and pictures."""
+
+    pipeline: str
+    """extract, distill, train, evaluate or analyze: with the data set, the run's experiment."""
+    dataset: str
+    name: str
+    params: dict[str, Any]
+    inputs: tuple[Input, ...] = ()
+    tags: dict[str, str] = field(default_factory=dict)
+    parent: str | None = None
+    """The run that sums up this one and its like."""
+    trained: str | None = None
+    """The run that trained what this one scores."""
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """`folder`/`name` with run.json, Ray's checkpoints, and, once all is done, `final`."""
 
     folder: str
     name: str
-    experiment: str
-    """MLflow's experiment."""
+    pipeline: str
+    """distill or train."""
+    dataset: str
     checkpoint: str
     """What `final` holds: adapter or segmenter."""
     identity: dict[str, Any]
     """What makes two runs the same run, as JSON."""
-    tags: dict[str, str]
+    inputs: tuple[Input, ...]
 
     @property
     def url(self) -> str:
@@ -38,6 +70,11 @@ class RunFolder:
     def final(self) -> str:
         """Its published checkpoint."""
         return f"{self.url}/final"
+
+    @property
+    def about(self) -> About:
+        """The run as MLflow shows it."""
+        return About(self.pipeline, self.dataset, self.name, flat(self.identity), self.inputs)
 
     @property
     def outbox(self) -> Outbox:
@@ -56,7 +93,7 @@ class RunFolder:
             from pipelines import tracking
 
             if tracking.close(tracking_uri, begun["run_id"], self.outbox):
-                self.write(begun["run_id"], closed=True)
+                self.write(begun["run_id"], closed=True, registered=begun.get("registered"))
         return checkpoints.read_record(self.final, self.checkpoint)
 
     def begun(self) -> dict[str, Any] | None:
@@ -76,9 +113,9 @@ class RunFolder:
             )
         return record
 
-    def write(self, run_id: str, closed: bool = False) -> None:
-        """Write run.json; `closed` says that MLflow knows of the end."""
-        record = {"identity": self.identity, "run_id": run_id, "closed": closed}
+    def write(self, run_id: str, closed: bool = False, registered: str | None = None) -> None:
+        """Write run.json; `closed` says that MLflow knows of the end, `registered` is NAME/VERSION of its model."""
+        record = {"identity": self.identity, "run_id": run_id, "closed": closed, "registered": registered}
         open_folder(self.url).write(RUN, [json.dumps(record, indent=1).encode()])
 
 
@@ -110,6 +147,21 @@ class ScoreFile:
 
             tracking.deliver(tracking_uri, self.outbox)
         return json.loads(bytes(open_folder(self.folder).read(self.file)))["result"]
+
+    def begun(self) -> str | None:
+        """MLflow's run of a score of several seeds that was interrupted."""
+        try:
+            return bytes(open_folder(self.folder).read(self._begun_file)).decode()
+        except FileNotFoundError:
+            return None
+
+    def begin(self, run_id: str) -> None:
+        """Keep MLflow's run until the result is written."""
+        open_folder(self.folder).write(self._begun_file, [run_id.encode()])
+
+    @property
+    def _begun_file(self) -> str:
+        return f"{self.file.removesuffix('.json')}.run"
 
     def write(self, result: dict[str, Any], episodes: bytes = b"") -> None:
         """Keep the result, and the table of its episodes."""

@@ -8,6 +8,7 @@ from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.protocols import Protocol
 from pipelines.checkpoints import AdapterPlan
 from pipelines.recipes import Backbone, Device
+from pipelines.runs import Input
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class ScoringPlan:
     memory: int
     memory_confidence: float
     tracking_uri: str
+    inputs: tuple[Input, ...]
+    """What it reads, as MLflow lists it."""
+    trained: str | None
+    """MLflow's run that trained what is scored."""
     panel: str
     """File for a picture, or empty."""
     masks: str

@@ -10,7 +10,9 @@ from fsdino.data.photographs import same_file
 from fsdino.errors import UserError
 from fsdino.preprocess import PREPROCESSING
 from fsdino.specs import encoder_spec, teacher_spec
+from pipelines import checkpoints
 from pipelines.recipes import Backbone, Places
+from pipelines.runs import Input
 
 T = TypeVar("T")
 
@@ -138,9 +140,15 @@ def check_weights(store: FeatureStore, digest: str) -> None:
         )
 
 
-def fingerprint_tags(fingerprints: Iterable[Fingerprint]) -> dict[str, str]:
-    """What stores hold, as tags of a run."""
-    return {f"store.{of.feature}.{of.res_px}": str(asdict(of)) for of in fingerprints}
+def inputs(opened: Iterable[FeatureStore | None], context: str) -> tuple[Input, ...]:
+    """Stores as MLflow lists what a run read."""
+    found = []
+    for store in filter(None, opened):
+        of = asdict(store.fingerprint)
+        profile = {**of, "samples": len(store.samples), "quarantined": len(store.quarantined)}
+        name = f"{store.fingerprint.feature}@{store.fingerprint.res_px}"
+        found.append(Input(name, checkpoints.short_digest(of), store.url, context, profile))
+    return tuple(found)
 
 
 def _open(places: Places, url: str, expect: dict[str, Any]) -> FeatureStore:

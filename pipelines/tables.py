@@ -74,6 +74,8 @@ def gather(tracking_uri: str, **asked: Any) -> dict[str, Method]:
     earlier = 0
     for run in tracking.runs(tracking_uri, "evaluate"):  # newest first
         params, metrics = run["params"], run["metrics"]
+        if tracking.SUMMARY in run["tags"]:
+            continue
         if "rules.name" not in params or "absent" not in params:
             earlier += 1
             continue

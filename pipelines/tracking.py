@@ -1,10 +1,13 @@
-"""The only MLflow import: runs, batched metrics, pictures, checkpoints."""
+"""MLflow's runs: experiments, batched metrics, pictures, what a run read, checkpoints (models: registry.py)."""
 
 import fcntl
+import getpass
 import io
+import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,8 +25,11 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.utils import mlflow_tags
 from PIL import Image
 
 from feature_store.errors import StoreError
@@ -31,10 +37,23 @@ from feature_store.storage import open_folder
 from feature_store.urls import redacted, redacted_text
 from fsdino.errors import Fault, UserError, first_line
 from pipelines.outbox import Outbox, Unsent
+from pipelines.runs import About, Input
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it creates
 PARAM_LIMIT, METRIC_LIMIT = 100, 1000  # MLflow's in one request
 PAUSE_SECONDS = 30.0
+DESCRIPTIONS = {
+    "extract": "Features of the images of {}, computed once into stores.",
+    "distill": "Adapters that have learnt the teacher's embeddings of {}.",
+    "train": "Few-shot segmenters, trained on the base classes of {}: a run for each fold and model.",
+    "evaluate": "Scores on classes of {} that training never saw: a run for each seed, their mean above them.",
+    "analyze": "How well the layers of an encoder agree with a teacher on {}.",
+}
+"""Of the experiments, which are called PIPELINE/DATASET."""
+SUMMARY = "summary"
+"""Tag of a run that sums up others."""
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens it as one of language models
+PROFILE_LIMIT = 60000
 NOT_IN_NAMES = re.compile(r"[^/\w.\- :]")
 """What MLflow takes in no metric's name."""
 
@@ -56,6 +75,7 @@ class Run:
         self.client = client(tracking_uri)
         self.unsent = Unsent(run_id)
         self._said, self._next_try = False, 0.0
+        self._monitors: list[Any] = []
 
     def resume(self) -> None:
         """Take over what an earlier worker of this run could not send."""
@@ -70,11 +90,24 @@ class Run:
             (NOT_IN_NAMES.sub("_", name), float(value), now, step) for name, value in metrics.items()
         ]
 
+    def measure_machine(self, step: int) -> None:
+        """Keep this machine's load, memory and GPUs as MLflow's system metrics."""
+        if not self._monitors:
+            self._monitors = [CPUMonitor()]
+            with suppress(ImportError, RuntimeError):  # without a GPU, or without NVIDIA's library
+                self._monitors.append(GPUMonitor())
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            self.log(step, **{f"system/{name}": value for name, value in monitor.aggregate_metrics().items()})
+            monitor.clear_metrics()
+
     def picture(self, image: Image.Image, name: str) -> None:
         """Store a picture as an artifact, with the next flush."""
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        self.unsent.files[name] = file.getvalue()
+        self.unsent.files[name] = _png(image)
+
+    def picture_of_step(self, image: Image.Image, name: str, step: int) -> None:
+        """Store a picture of a series, which the UI shows by its steps, with the next flush."""
+        self.unsent.series.append((name, step, _png(image)))
 
     def file(self, data: bytes, name: str) -> None:
         """Store a file as an artifact, with the next flush."""
@@ -141,6 +174,10 @@ class Run:
                 folder_of = str(Path(name).parent)
                 self.client.log_artifact(self.run_id, str(path), None if folder_of == "." else folder_of)
                 del unsent.files[name]
+        while unsent.series:
+            name, step, data = unsent.series[0]
+            self.client.log_image(self.run_id, Image.open(io.BytesIO(data)), key=name, step=step)
+            del unsent.series[0]
         for name, url in list(unsent.folders.items()):
             with tempfile.TemporaryDirectory() as folder:
                 published = open_folder(url)
@@ -150,21 +187,19 @@ class Run:
             del unsent.folders[name]
 
 
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 @contextmanager
-def running(
-    tracking_uri: str,
-    experiment: str,
-    name: str,
-    params: Mapping[str, Any],
-    tags: Mapping[str, str] | None = None,
-    run_id: str | None = None,
-    outbox: Outbox | None = None,
-) -> Iterator[Run]:
+def running(tracking_uri: str, about: About, run_id: str | None = None, outbox: Outbox | None = None) -> Iterator[Run]:
     """A new run, or the run `run_id` that was interrupted; at the end of the block it is finished, or failed.
 
     Raises Fault if the tracking server does not answer at the beginning, and UserError if it refuses.
     """
-    run = _begin(tracking_uri, experiment, name, params, tags or {}, run_id, outbox)
+    run = _begin(tracking_uri, about, run_id, outbox)
     if outbox and run_id is None:
         deliver(tracking_uri, outbox)
     try:
@@ -257,18 +292,29 @@ _clients: dict[str, MlflowClient] = {}
 _clients_lock = threading.Lock()
 
 
-def runs(tracking_uri: str, experiment: str) -> list[dict[str, Any]]:
-    """Finished runs of an experiment, newest first: `run_id`, `params`, `metrics` (last values) and `tags` of each."""
+def tag_models(tracking_uri: str, trained: str, scores: Mapping[str, float], test: str) -> None:
+    """Write scores of a test on the registered models of a training run; what MLflow does not take is said."""
+    try:
+        server = client(tracking_uri)
+        for version in server.search_model_versions(f"run_id = '{trained}'"):
+            for measure, value in scores.items():
+                server.set_model_version_tag(version.name, version.version, f"{measure} {test}", f"{value:.4f}")
+    except Exception as error:  # of MLflow, requests or SQLAlchemy
+        note(f"the registered model does not carry its scores ({first_line(error)})")
+
+
+def runs(tracking_uri: str, pipeline: str) -> list[dict[str, Any]]:
+    """Finished runs of a pipeline on every data set, newest first: `run_id`, `params`, `metrics` (last values) and
+    `tags` of each."""
     server = client(tracking_uri)
     with _answering(tracking_uri):
-        known = server.get_experiment_by_name(experiment)
-    if known is None:
-        return []
+        known = server.search_experiments(filter_string=f"name LIKE '{pipeline}/%'")
     listed: list[Any] = []
-    token: str | None = ""
+    token: str | None = "" if known else None
     while token is not None:
         with _answering(tracking_uri):
-            page = server.search_runs([known.experiment_id], "status = 'FINISHED'", max_results=1000, page_token=token)
+            ids = [experiment.experiment_id for experiment in known]
+            page = server.search_runs(ids, "status = 'FINISHED'", max_results=1000, page_token=token)
         listed, token = [*listed, *page], page.token or None
     return [
         {"run_id": r.info.run_id, "params": r.data.params, "metrics": r.data.metrics, "tags": r.data.tags}
@@ -315,27 +361,60 @@ def _artifact_root(uri: str) -> str | None:
     return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
 
 
-def _begin(
-    tracking_uri: str,
-    experiment: str,
-    name: str,
-    params: Mapping[str, Any],
-    tags: Mapping[str, str],
-    run_id: str | None,
-    outbox: Outbox | None,
-) -> Run:
+def _begin(tracking_uri: str, about: About, run_id: str | None, outbox: Outbox | None) -> Run:
     uri, server = absolute_uri(tracking_uri), client(tracking_uri)
     with _answering(tracking_uri):
         if run_id is not None and _knows(server, run_id):
             server.update_run(run_id, status="RUNNING")
             return Run(uri, run_id, outbox)
-        experiment_id = _experiment(server, experiment, uri)
-        run_id = server.create_run(experiment_id, run_name=name).info.run_id
-        entries = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        experiment_id = _experiment(server, about, uri)
+        run_id = server.create_run(experiment_id, run_name=about.name, tags=_origin() | about.tags).info.run_id
+        entries = [Param(key, str(value)[:6000]) for key, value in about.params.items()]
         for at in range(0, len(entries), PARAM_LIMIT):
             server.log_batch(run_id, params=entries[at : at + PARAM_LIMIT])
-        server.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in {"commit": commit(), **tags}.items()])
+        if about.inputs:
+            server.log_inputs(run_id, [_dataset(one) for one in about.inputs])
+        if about.parent is not None:
+            server.set_tag(run_id, mlflow_tags.MLFLOW_PARENT_RUN_ID, about.parent)
+        if about.trained is not None and _knows(server, about.trained):
+            _link(server, run_id, about.trained)
     return Run(uri, run_id, outbox)
+
+
+def _origin() -> dict[str, str]:
+    """Who runs what, of which commit."""
+    with suppress(KeyError, OSError):  # a container's user may have no name
+        return {mlflow_tags.MLFLOW_USER: getpass.getuser()} | _source()
+    return _source()
+
+
+def _source() -> dict[str, str]:
+    module = f"pipelines.{Path(sys.argv[0]).stem}"
+    return {
+        mlflow_tags.MLFLOW_SOURCE_NAME: module,
+        mlflow_tags.MLFLOW_SOURCE_TYPE: "LOCAL",
+        mlflow_tags.MLFLOW_GIT_COMMIT: commit(),
+        "command": redacted_text(shlex.join(["python", "-m", module, *sys.argv[1:]]))[:5000],
+    }
+
+
+def _dataset(of: Input) -> DatasetInput:
+    """MLflow's form of what a run read."""
+    source, profile = json.dumps({"uri": redacted(of.place)}), json.dumps(of.profile)[:PROFILE_LIMIT]
+    kind = "feature store" if "feature" in of.profile else "images"
+    dataset = Dataset(of.name, of.digest, kind, source, profile=profile)
+    return DatasetInput(dataset, [InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, of.context)])
+
+
+def _link(server: MlflowClient, run_id: str, trained: str) -> None:
+    """Lead from a run to the one that trained what it scores, and to the model that came of it."""
+    other = server.get_run(trained)
+    page = f"#/experiments/{other.info.experiment_id}/runs/{trained}"
+    server.set_tag(run_id, mlflow_tags.MLFLOW_RUN_NOTE, f"Scores what [{other.info.run_name}]({page}) trained.")
+    server.set_tag(run_id, "trained_by", trained)
+    models = [] if other.outputs is None else other.outputs.model_outputs
+    if models:
+        server.log_inputs(run_id, models=[LoggedModelInput(model.model_id) for model in models])
 
 
 @contextmanager
@@ -350,11 +429,13 @@ def _answering(tracking_uri: str) -> Iterator[None]:
         raise Fault(f"{place}: MLflow does not answer there ({first_line(error)}); start it or name a file") from None
 
 
-def _experiment(server: MlflowClient, name: str, uri: str) -> str:
+def _experiment(server: MlflowClient, about: About, uri: str) -> str:
+    name = f"{about.pipeline}/{about.dataset}"
     found = server.get_experiment_by_name(name)
     if found is None:
+        described = {mlflow_tags.MLFLOW_RUN_NOTE: DESCRIPTIONS[about.pipeline].format(about.dataset)}
         try:
-            return server.create_experiment(name, _artifact_root(uri))
+            return server.create_experiment(name, _artifact_root(uri), tags=KIND | described)
         except MlflowException:  # another command was quicker
             found = server.get_experiment_by_name(name)
             if found is None:

@@ -62,12 +62,18 @@ class Settings:
     """Folder, path or URL, of an adapter, instead of the one that was distilled on this data set."""
     decoder_weights: Weights | None = None
     """A local SAM checkpoint for the decoder instead of the publisher's."""
+    register: bool = True
+    """Register the trained model in MLflow, from where it can be loaded and served (pipelines/registry.py)."""
+    model_name: str = ""
+    """Name under which MLflow registers the model; if empty, fsdino-DATASET-fold{FOLD}."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Check stores, fold and adapter, then train on Ray Train; a finished run just prints its result."""
     places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
     check_batch(episodic.batch, settings.workers.workers)
+    if {"/", ":"} & set(settings.model_name):
+        raise UserError(f"--model-name {settings.model_name}: expected a name without / and :")
     dataset = datasets.dataset_of(places)
     rules = datasets.rules_of(settings.benchmark, dataset)
     held_out = held_out_classes(settings, dataset)
@@ -116,7 +122,7 @@ def job(settings: Settings) -> dict[str, Any]:
         "backbone": asdict(backbone),
         "late": asdict(late.fingerprint),
         "adapter": {"kind": adapter.kind, "digest": adapter.digest},
-        "episodic": asdict(episodic),
+        "episodic": decisive(episodic),
         "seed": settings.workers.seed,
         "train_precision": settings.device.train_precision,
     }
@@ -135,11 +141,13 @@ def job(settings: Settings) -> dict[str, Any]:
     run = RunFolder(
         folder=checkpoints.run_folder(places, dataset.name, backbone),
         name=settings.name or title(settings),
-        experiment="train",
+        pipeline="train",
+        dataset=dataset.name,
         checkpoint="segmenter",
         identity=same,
-        tags={"dataset": dataset.name, **stores.fingerprint_tags((late.fingerprint, query.fingerprint))},
+        inputs=(datasets.data_input(dataset, "train", images.listed), *stores.inputs((late, query), "training")),
     )
+    model_name = settings.model_name or f"fsdino-{dataset.name}-fold{settings.fold}"
     record = run.finished(places.tracking_uri)
     if record is None:
         print(f"{run.name}: {len(sampler.images)} base images, {steps} steps of {episodic.batch}", file=sys.stderr)
@@ -170,8 +178,30 @@ def job(settings: Settings) -> dict[str, Any]:
         "variant": model.variant,
         "steps": steps,
         **record["training"],
+        "model": registered(settings, run, record, model_name),
         **({} if validation is None else {"best": f"{run.url}/best"}),
     }
+
+
+def registered(settings: Settings, run: RunFolder, record: dict[str, Any], name: str) -> str | None:
+    """The version of the registered model that the run became, NAME/VERSION; registers it first, if it is to be."""
+    begun = run.begun()
+    assert begun is not None
+    if begun.get("registered") is None and settings.register:
+        from pipelines import registry
+
+        uri = settings.places.tracking_uri
+        begun["registered"] = registry.register(uri, begun["run_id"], run.final, record, name, run.dataset)
+        run.write(begun["run_id"], begun["closed"], begun["registered"])
+    return begun["registered"]
+
+
+def decisive(episodic: Episodic) -> dict[str, Any]:
+    """The settings that have an effect: no epochs where steps are given, no validation where there is none."""
+    idle = {"epochs"} if episodic.steps is not None else {"steps"}
+    if episodic.select_on == "none":
+        idle |= {"validation_classes", "validate_every", "validation_episodes"}
+    return {name: value for name, value in asdict(episodic).items() if name not in idle}
 
 
 def held_out_classes(settings: Settings, dataset: Dataset) -> list[int]:

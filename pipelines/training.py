@@ -30,7 +30,7 @@ from pipelines.outbox import Outbox
 from pipelines.outcome import EXPECTED, ClusterFault, Outcome
 from pipelines.progress import Progress, shown
 from pipelines.recipes import Device, Places, Workers
-from pipelines.runs import RunFolder, flat
+from pipelines.runs import RunFolder
 
 MAX_WORKER_FAILURES = 3
 
@@ -83,16 +83,8 @@ def train(
     cluster.check_shared([run_folder.url])
     with locked(open_folder(run_folder.url)) as lock:
         begun = run_folder.begun()
-        opened = tracking.running(
-            places.tracking_uri,
-            run_folder.experiment,
-            run_folder.name,
-            flat(run_folder.identity),
-            run_folder.tags,
-            begun["run_id"] if begun else None,
-            run_folder.outbox,
-        )
-        with opened as run:
+        run_id = begun["run_id"] if begun else None
+        with tracking.running(places.tracking_uri, run_folder.about, run_id, run_folder.outbox) as run:
             run_folder.write(run.run_id)
             progress = Progress.remote()  # type: ignore[attr-defined]
             task = Task(

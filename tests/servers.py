@@ -47,11 +47,11 @@ def s3_server() -> Iterator[str]:
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
+def mlflow_server(folder: Path, port: int, artifacts: str | None = None) -> Iterator[subprocess.Popen]:
     """MLflow's server on a SQLite file in the folder, as a process of its own."""
     database = f"sqlite:///{folder / 'server.db'}"
     line = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    line += ["--backend-store-uri", database, "--artifacts-destination", str(folder / "artifacts")]
+    line += ["--backend-store-uri", database, "--artifacts-destination", artifacts or str(folder / "artifacts")]
     with open(folder / "server.log", "a") as log:
         server = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
     try:

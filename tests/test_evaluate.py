@@ -79,7 +79,7 @@ def test_every_episode_is_a_row_from_which_the_score_can_be_counted(whole_run, p
 
 def test_mlflow_has_the_episodes_and_pictures_of_the_best_and_the_worst(whole_run, places):
     client = tracking.MlflowClient(str(places["--tracking-uri"]))
-    found = client.search_runs([client.get_experiment_by_name("evaluate").experiment_id])
+    found = client.search_runs([client.get_experiment_by_name("evaluate/shapes").experiment_id])
     kept = {f.path for of in found for f in client.list_artifacts(of.info.run_id, "panels")}
     assert {"panels/best.png", "panels/worst.png", "panels/test.png"} <= kept
     assert "episodes.parquet" in {f.path for of in found for f in client.list_artifacts(of.info.run_id)}

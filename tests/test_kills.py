@@ -56,7 +56,7 @@ def test_training_resumes_after_kill_9_and_ends_at_the_undisturbed_loss(whole_ru
     for key, value in one.items():
         torch.testing.assert_close(value, other[key], rtol=1e-5, atol=1e-6)
     client = tracking.MlflowClient(places["--tracking-uri"])
-    runs = client.search_runs([client.get_experiment_by_name("train").experiment_id], "run_name = 'killed'")
+    runs = client.search_runs([client.get_experiment_by_name("train/shapes").experiment_id], "run_name = 'killed'")
     (logged,) = [r for r in runs if r.data.tags.get("mlflow.runName") == "killed"]
     steps = Counter(m.step for m in client.get_metric_history(logged.info.run_id, "loss"))
     assert set(steps) == set(range(1, 11))

@@ -105,7 +105,7 @@ def test_stored_features_are_those_of_the_encoder(whole_run, places):
 
 def test_distillation_lowers_the_error_at_every_resolution(whole_run, places):
     client = tracking.MlflowClient(places["--tracking-uri"])
-    (run,) = client.search_runs([client.get_experiment_by_name("distill").experiment_id])
+    (run,) = client.search_runs([client.get_experiment_by_name("distill/shapes").experiment_id])
     for stage in whole_run["distill"]["stages"]:
         res = stage["res_px"]
         curve = [m.value for m in client.get_metric_history(run.info.run_id, f"mse_{res}px")]
@@ -151,21 +151,34 @@ def test_the_adapter_in_the_checkpoint_is_the_distilled_one(whole_run):
 def test_mlflow_holds_settings_curves_fingerprints_pictures_and_the_model(whole_run, places):
     uri = places["--tracking-uri"]
     client = tracking.MlflowClient(uri)
-    experiment = client.get_experiment_by_name("train").experiment_id
+    experiment = client.get_experiment_by_name("train/shapes").experiment_id
     runs = {r.info.run_name: r for r in client.search_runs([experiment])}
     assert set(runs) >= {f"fold{FOLD}-4d", f"fold{FOLD}-compact"}
     run = runs[f"fold{FOLD}-4d"]
     assert run.info.status == "FINISHED"
     assert run.data.params["model.variant"] == "4d" and run.data.params["episodic.lr"] == "0.001"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == list(range(1, 11))
-    assert "'feature': 'late'" in run.data.tags["store.late.70"] and "commit" in run.data.tags
-    artifacts = {a.path for folder in ("panels", "segmenter") for a in client.list_artifacts(run.info.run_id, folder)}
-    assert artifacts == {"panels/training.png", "segmenter/segmenter.json", "segmenter/segmenter.safetensors"}
-    (distilled,) = client.search_runs([client.get_experiment_by_name("distill").experiment_id])
+    assert "episodic.epochs" not in run.data.params  # of a training whose number of steps was given
+    tags, inputs = run.data.tags, {i.dataset.name: i for i in run.inputs.dataset_inputs}
+    assert tags["mlflow.source.git.commit"] and tags["mlflow.user"] and tags["mlflow.source.name"]
+    assert set(inputs) == {"shapes", "late@70", "embedding@70"}
+    late = inputs["late@70"].dataset
+    assert json.loads(late.source)["uri"] == whole_run["features"]["stores"][1]
+    assert json.loads(late.profile)["layer"] == "block3" and inputs["shapes"].tags[0].value == "training"
+    series = [a.path for a in client.list_artifacts(run.info.run_id, "images") if a.path.endswith(".png")]
+    assert len(series) == 10 and all("step" in path for path in series)
+    assert {m.step for m in client.get_metric_history(run.info.run_id, "system/system_memory_usage_percentage")}
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id, "segmenter")}
+    assert artifacts == {"segmenter/segmenter.json", "segmenter/segmenter.safetensors"}
+    (distilled,) = client.search_runs([client.get_experiment_by_name("distill/shapes").experiment_id])
     assert [a.path for a in client.list_artifacts(distilled.info.run_id, "panels")] == ["panels/embeddings.png"]
-    extracted = client.search_runs([client.get_experiment_by_name("extract").experiment_id])
+    extracted = client.search_runs([client.get_experiment_by_name("extract/shapes").experiment_id])
     assert {"teacher@128", "early@70+late@70+early@28", "embedding@70"} <= {r.info.run_name for r in extracted}
-    tested = client.search_runs([client.get_experiment_by_name("evaluate").experiment_id])
+    tested = client.search_runs([client.get_experiment_by_name("evaluate/shapes").experiment_id])
+    (of_4d,) = [r for r in tested if r.info.run_name == f"fold{FOLD}-4d-1shot-hdmnet-seed0"][-1:]
+    assert (
+        of_4d.data.tags["trained_by"] == run.info.run_id and run.info.run_id in of_4d.data.tags["mlflow.note.content"]
+    )
     logged = {r.data.params["method"]: r.data.metrics.get("miou") for r in tested}  # of each method the first run
     for method in ("prototype", "nearest", "compact", "4d"):
         assert logged[method] == pytest.approx(whole_run[f"score {method}"]["miou"])

@@ -50,7 +50,7 @@ def test_the_command_scores_every_layer_and_keeps_table_plot_and_maps(shapes_roo
     assert all(-1 <= r <= 1 for r in result["agreement"].values())
     assert (tmp_path / "layers.png").exists() and (tmp_path / "layers-maps.png").exists()
     client = tracking.MlflowClient(f"sqlite:///{tmp_path}/m.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("analyze").experiment_id])
+    (run,) = client.search_runs([client.get_experiment_by_name("analyze/shapes").experiment_id])
     logged = [m.value for m in client.get_metric_history(run.info.run_id, "agreement")]
     assert logged == list(result["agreement"].values())
     assert {a.path for a in client.list_artifacts(run.info.run_id, "panels")} == {

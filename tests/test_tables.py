@@ -5,6 +5,7 @@ import pytest
 from fsdino.errors import UserError
 from pipelines import report, report_pages, tables, tracking
 from pipelines.published import ROWS
+from pipelines.runs import About
 
 IDENTITY = {
     "dataset": "set",
@@ -31,7 +32,7 @@ def log(uri, fold, miou, **changes):
     """An evaluation as `evaluate` logs it; the newest comes last."""
     params = IDENTITY | {"fold": fold, "images": f"images{fold}", "checkpoint": f"checkpoint{fold}"}
     params |= {key.replace("__", "."): value for key, value in changes.items()}
-    with tracking.running(uri, "evaluate", "run", params) as run:
+    with tracking.running(uri, About("evaluate", "pascal-5i", "run", params)) as run:
         run.log(0, miou=miou, fb_iou=miou + 0.2)
 
 

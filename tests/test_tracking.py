@@ -15,6 +15,7 @@ from fsdino.errors import Fault, UserError
 from fsdino.segmenter import Segmenter
 from pipelines import tracking
 from pipelines.outbox import Outbox
+from pipelines.runs import About
 from tests.conftest import FOLD, ROOT, TRAINED, flags, run
 from tests.servers import FaultProxy, free_port, mlflow_server
 
@@ -41,6 +42,10 @@ def no_pause(monkeypatch):
     monkeypatch.setattr(tracking, "PAUSE_SECONDS", 0.0)
 
 
+def about(pipeline, name):
+    return About(pipeline, "shapes", name, {"lr": 1})
+
+
 def logged(uri, run_id):
     client = tracking.MlflowClient(uri)
     found = client.get_run(run_id)
@@ -50,7 +55,7 @@ def logged(uri, run_id):
 
 def test_a_server_that_stops_in_the_middle_costs_seconds_and_gets_everything_later(proxy, tmp_path, capsys):
     outbox = Outbox(str(tmp_path))
-    with tracking.running(proxy.address, "train", "cut", {"lr": 1}, outbox=outbox) as one:
+    with tracking.running(proxy.address, about("train", "cut"), outbox=outbox) as one:
         one.log(1, loss=3.0)
         one.flush()
         proxy.answer_all = 503
@@ -72,7 +77,7 @@ def test_a_server_that_stops_in_the_middle_costs_seconds_and_gets_everything_lat
 def test_a_server_that_refuses_artifacts_still_gets_the_numbers(proxy, tmp_path):
     proxy.refused_path = "mlflow-artifacts"
     outbox = Outbox(str(tmp_path))
-    with tracking.running(proxy.address, "train", "refused", {}, outbox=outbox) as one:
+    with tracking.running(proxy.address, about("train", "refused"), outbox=outbox) as one:
         one.log(1, loss=3.0)
         one.picture(PICTURE, "panels/training.png")
     proxy.refused_path = None
@@ -85,7 +90,7 @@ def test_what_a_run_left_is_sent_before_the_next_run_of_the_same_work(proxy, tmp
     outbox, ids = Outbox(str(tmp_path)), []
     for number in (1.0, 2.0):
         proxy.answer_all = None
-        with tracking.running(proxy.address, "extract", "again", {}, outbox=outbox) as one:
+        with tracking.running(proxy.address, about("extract", "again"), outbox=outbox) as one:
             proxy.answer_all = 503
             one.log(1, loss=number)
         ids.append(one.run_id)
@@ -96,7 +101,7 @@ def test_what_a_run_left_is_sent_before_the_next_run_of_the_same_work(proxy, tmp
 
 def test_what_is_kept_before_a_kill_is_sent_by_the_rerun(proxy, tmp_path):
     outbox = Outbox(str(tmp_path))
-    with tracking.running(proxy.address, "evaluate", "killed", {}, outbox=outbox) as one:
+    with tracking.running(proxy.address, about("evaluate", "killed"), outbox=outbox) as one:
         one.log(0, loss=0.5)
         one.keep("FINISHED")
         killed = outbox.read(one.run_id)
@@ -106,14 +111,17 @@ def test_what_is_kept_before_a_kill_is_sent_by_the_rerun(proxy, tmp_path):
 
 
 def test_names_that_mlflow_does_not_take_are_written_otherwise(proxy, tmp_path):
-    with tracking.running(proxy.address, "evaluate", "names", {}, outbox=Outbox(str(tmp_path))) as one:
+    with tracking.running(proxy.address, about("evaluate", "names"), outbox=Outbox(str(tmp_path))) as one:
         one.log(0, **{"iou_jack-o'-lantern, large": 0.5})
     assert tracking.MlflowClient(proxy.address).get_run(one.run_id).data.metrics == {"iou_jack-o_-lantern_ large": 0.5}
 
 
 def test_an_error_in_the_block_is_what_is_raised_even_if_the_server_is_gone(proxy, tmp_path):
     outbox = Outbox(str(tmp_path))
-    with pytest.raises(ZeroDivisionError), tracking.running(proxy.address, "train", "error", {}, outbox=outbox) as one:
+    with (
+        pytest.raises(ZeroDivisionError),
+        tracking.running(proxy.address, about("train", "error"), outbox=outbox) as one,
+    ):
         proxy.answer_all = 503
         raise ZeroDivisionError
     proxy.answer_all = None
@@ -123,10 +131,10 @@ def test_an_error_in_the_block_is_what_is_raised_even_if_the_server_is_gone(prox
 
 def test_a_server_that_is_not_there_is_a_fault_and_a_wrong_address_a_mistake():
     with pytest.raises(Fault, match=r"--tracking-uri http://127\.0\.0\.1:9: MLflow does not answer there"):
-        with tracking.running("http://127.0.0.1:9", "train", "none", {}):
+        with tracking.running("http://127.0.0.1:9", about("train", "none")):
             raise AssertionError("it began")
     with pytest.raises(UserError, match="--tracking-uri nosuch://x: cannot be opened"):
-        with tracking.running("nosuch://x", "train", "none", {}):
+        with tracking.running("nosuch://x", about("train", "none")):
             raise AssertionError("it began")
 
 
@@ -167,7 +175,7 @@ def test_a_training_whose_server_dies_publishes_its_checkpoint_and_is_complete_a
     proxy.answer_all = None
     assert train(there, "orphan") == trained and not list(folder.glob("unsent-*.json"))
     client = tracking.MlflowClient(proxy.address)
-    (known,) = client.search_runs([client.get_experiment_by_name("train").experiment_id], "run_name = 'orphan'")
+    (known,) = client.search_runs([client.get_experiment_by_name("train/shapes").experiment_id], "run_name = 'orphan'")
     losses, artifacts, status = logged(proxy.address, known.info.run_id)
     assert list(losses) == list(range(1, 11)) and status == "FINISHED"
     assert artifacts == ["panels/training.png", "segmenter/segmenter.json", "segmenter/segmenter.safetensors"]

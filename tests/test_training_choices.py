@@ -40,7 +40,7 @@ def test_the_best_weights_are_kept_beside_the_last_and_say_what_chose_them(valid
     client = tracking.MlflowClient(str(places["--tracking-uri"]))
     name = Path(validated["checkpoint"]).parent.name
     (found,) = client.search_runs(
-        [client.get_experiment_by_name("train").experiment_id], f"tags.mlflow.runName = '{name}'"
+        [client.get_experiment_by_name("train/shapes").experiment_id], f"tags.mlflow.runName = '{name}'"
     )
     curve = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "val_miou")}
     assert sorted(curve) == [4, 8, 10] and validated["best_val_miou"] == pytest.approx(max(curve.values()), abs=1e-6)
