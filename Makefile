@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check mlflow clean
 
 demo: $(READY)
 	@$(BIN)/python -m pipelines.demo
+
+mlflow: $(READY)
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db
 
 test: $(READY) check
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
