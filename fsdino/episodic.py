@@ -1,12 +1,13 @@
 """Episodes as tensors, and what a segmenter makes of a batch of them: prediction and training loss (Eq. 6-8)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from fsdino import paper
 from fsdino.data.episodes import Episode
 from fsdino.losses import mask_loss
 from fsdino.segmenter import Prediction, Segmenter
@@ -27,14 +28,30 @@ class EpisodeBatch:
     """1 the class, 0 elsewhere, 255 void; None where nothing is trained."""
 
     def to(self, device: torch.device) -> "EpisodeBatch":
-        """The batch on a device, features as float32."""
+        """The batch on a device, features as float32; cast there, so that halves travel."""
+        return self._with(lambda x: x.to(device, non_blocking=True)).floats()
+
+    def floats(self) -> "EpisodeBatch":
+        """Features and support masks as float32."""
+        return self._with(lambda x: x if x.dtype == torch.uint8 else x.to(torch.float32))
+
+    def scored_pixels(self) -> Float[Tensor, ""]:
+        """Number of the queries' pixels that are not void."""
+        assert self.query_labels is not None
+        return (self.query_labels != paper.VOID).sum().float()
+
+    def pinned(self) -> "EpisodeBatch":
+        """In memory from which a GPU copies while others work."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "EpisodeBatch":
         return EpisodeBatch(
             self.episodes,
-            self.support_late.to(device, torch.float32),
-            self.support_masks.to(device, torch.float32),
-            self.query_late.to(device, torch.float32),
-            None if self.query_input is None else self.query_input.to(device, torch.float32),
-            None if self.query_labels is None else self.query_labels.to(device),
+            change(self.support_late),
+            change(self.support_masks),
+            change(self.query_late),
+            None if self.query_input is None else change(self.query_input),
+            None if self.query_labels is None else change(self.query_labels),
         )
 
 
@@ -54,11 +71,11 @@ class EpisodeLoss(nn.Module):
         super().__init__()
         self.segmenter = segmenter
 
-    def forward(self, batch: EpisodeBatch) -> dict[str, Tensor]:
-        """`loss` (Eq. 8) and its parts `final`, and `prior` where the variant has one."""
+    def forward(self, batch: EpisodeBatch, pixels: Float[Tensor, ""] | None = None) -> dict[str, Tensor]:
+        """`loss` (Eq. 8) and its parts `final`, and `prior` where the variant has one; `pixels` as in `mask_loss`."""
         assert batch.query_labels is not None
         predicted = segment_batch(self.segmenter, batch)
-        losses = {"final": mask_loss(predicted.mask_logits, batch.query_labels)}
+        losses = {"final": mask_loss(predicted.mask_logits, batch.query_labels, pixels)}
         if predicted.prior_logits is not None:
-            losses["prior"] = mask_loss(predicted.prior_logits, batch.query_labels)
+            losses["prior"] = mask_loss(predicted.prior_logits, batch.query_labels, pixels)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}

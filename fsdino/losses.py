@@ -8,13 +8,19 @@ from torch import Tensor
 from fsdino import paper
 
 
-def mask_loss(logits: Float[Tensor, "b 1 m m"], label: UInt8[Tensor, "b h w"]) -> Float[Tensor, ""]:
-    """Dice + BCE of one mask. Labels are 0, 1 or 255 (void: in neither term); logits grow to the label's size."""
+def mask_loss(
+    logits: Float[Tensor, "b 1 m m"], label: UInt8[Tensor, "b h w"], pixels: Float[Tensor, ""] | None = None
+) -> Float[Tensor, ""]:
+    """Dice + BCE of one mask. Labels are 0, 1 or 255 (void: in neither term); logits grow to the label's size.
+
+    BCE is the sum over pixels that are not void, over `pixels`, or over their own number. Parts of a batch that are
+    given the mean number of a part have the whole batch's loss as their mean, whatever their shares of void.
+    """
     logits = F.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     valid = (label != paper.VOID).float()
     target = (label == 1).float()
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    bce = (bce * valid).sum() / valid.sum().clamp_min(1)
+    bce = (bce * valid).sum() / (valid.sum() if pixels is None else pixels).clamp_min(1)
     return bce + dice_loss(logits.sigmoid() * valid, target)
 
 

@@ -109,10 +109,14 @@ class PictureFile:
         return value
 
 
-def check_batch(batch: int, workers: int) -> None:
+def check_batch(batch: int, workers: int, accumulate: int = 1) -> None:
     """Raise UserError if a batch cannot be split evenly."""
     if batch % workers:
         raise UserError(f"--workers {workers}: expected a divisor of the batch {batch}")
+    if batch % (workers * accumulate):
+        raise UserError(
+            f"--accumulate {accumulate}: expected a divisor of the {batch // workers} episodes that each worker gets"
+        )
 
 
 def check_writable(flag: str, path: str) -> None:

@@ -96,7 +96,7 @@ class Distiller:
                 if mse < best_mse:
                     best, best_mse = self.weights(), mse
                 r2 = 1 - best_mse / constant
-            if done % worker.checkpoint_every == 0 and done < steps:
+            if done % worker.settings.checkpoint_every == 0 and done < steps:
                 training.check_finite(done, losses, self.adapter)
                 self.checkpoint()  # a checkpoint must not be ahead of the curves that lead to it
                 kept: dict[str, Any] = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
@@ -124,7 +124,8 @@ class Distiller:
 
     def read_ahead(self, store: FeatureStore, chosen: Iterator[Sequence[str]]) -> Iterator[tuple[Tensor, Tensor]]:
         """As `pairs` for one batch after another, each read while the one before it is in use."""
-        for arrays in ahead(lambda ids: self._read(store, ids), chosen):
+        of = self.worker.settings
+        for arrays in ahead(lambda ids: self._read(store, ids), chosen, of.feed_threads, of.feed_depth):
             x, y = (torch.from_numpy(a).movedim(-1, 1).to(self.worker.device, torch.float32) for a in arrays)
             yield x, y
 

@@ -2,7 +2,10 @@
 
 import copy
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import ray.train.torch
@@ -10,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from feature_store import FeatureStore
 from fsdino import paper
 from fsdino.config import SegmenterConfig, SegmenterShape
 from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import EpisodeSampler
-from fsdino.episodic import EpisodeLoss, segment_batch
+from fsdino.episodic import EpisodeBatch, EpisodeLoss, segment_batch
 from fsdino.metrics import FewShotScore, count
 from fsdino.segmenter import Segmenter
 from fsdino.state import sam_decoder_state
@@ -28,6 +33,7 @@ from pipelines.recipes import Episodic
 PANEL_ROWS = 4
 PANELS = 8  # pictures of the same episodes, over a training
 FLUSH_EVERY = 50  # steps
+GATHER_EVERY = 10  # steps whose losses stay on the device
 SAM_PARTS = ("decoder.", "mask_downscaling.", "positional_encoding.")
 
 
@@ -97,9 +103,15 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
     checker = copy.copy(loader)  # it scores void as nothing, whatever the loss makes of it
     checker.void_is_background = False
     segmenter = build_segmenter(job).to(worker.device)
+    averaged = moving_average(segmenter, job.episodic.ema)
+    published: Any = segmenter if averaged is None else averaged.module
+    if worker.settings.compile:
+        for name in ("encode_support", "segment"):
+            setattr(segmenter, name, torch.compile(getattr(segmenter, name)))
     model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))
-    groups = parameter_groups(segmenter, job.episodic)
-    optimiser = torch.optim.AdamW(groups, weight_decay=paper.WEIGHT_DECAY, fused=True)
+    optimiser = torch.optim.AdamW(
+        parameter_groups(segmenter, job.episodic), weight_decay=paper.WEIGHT_DECAY, fused=True
+    )
     run, steps = worker.run, job.steps
 
     first, seconds = 0, 0.0
@@ -107,46 +119,53 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
     if (state := training.load_state()) is not None:
         segmenter.load_state_dict(state["segmenter"])
         optimiser.load_state_dict(state["optimiser"])
+        if averaged is not None:
+            averaged.load_state_dict(state["averaged"])
         first, seconds, best = state["step"], state["seconds"], state["best"]
-    clock = training.Stopwatch(seconds)
+    clock, feeding = training.Stopwatch(seconds), training.Waiting()
+    pending = training.Losses()
     losses: dict[str, float] = {}
-    indices = training.worker_batches(first, steps, job.episodic.batch, worker.rank, worker.world)
-    for done, batch in enumerate(loader.batches(job.sampler, indices), start=first + 1):
+    feed = fed(loader, job, worker, first)
+    for done in range(first + 1, steps + 1):
+        rate = training.poly(done - 1, steps)
         for group in optimiser.param_groups:
-            group["lr"] = group["initial_lr"] * training.poly(done - 1, steps)
-        with worker.autocast():
-            parts = model(batch.to(worker.device))
-        losses = training.mean_over_ranks(parts)
-        training.check_finite(done, losses)
-        optimiser.zero_grad(set_to_none=True)
-        parts["loss"].backward()
-        optimiser.step()
+            group["lr"] = group["initial_lr"] * rate
+        with feeding:
+            parts = list(islice(feed, worker.settings.accumulate))
+        pending.add(done, train_step(model, optimiser, parts, worker, job.episodic.clip))
+        if averaged is not None:
+            averaged.update_parameters(segmenter)
         worker.report(f"train fold {job.sampler.fold}", done, steps)
-        if run:
-            run.log(done, **losses, lr=optimiser.param_groups[0]["lr"])
-            if done % FLUSH_EVERY == 0:
-                run.measure_machine(done)
-                run.flush()
-            if done % max(1, steps // PANELS) == 0:
-                with tracking.optional(run, "the picture of training"):
-                    picture = draw_panel(segmenter, loader, job.sampler, worker.device)
-                    run.picture_of_step(picture, "training episodes", done)
-        if job.validation is not None and (done % job.episodic.validate_every == 0 or done == steps):
+        validates = job.validation is not None and (done % job.episodic.validate_every == 0 or done == steps)
+        keeps = done % worker.settings.checkpoint_every == 0 and done < steps
+        if validates or keeps or done == steps or done % GATHER_EVERY == 0:
+            for step, losses in pending.gather():
+                if run:
+                    run.log(step, **losses, lr=job.episodic.lr * training.poly(step - 1, steps))
+        if run and done % FLUSH_EVERY == 0:
+            run.log(done, waiting_share=feeding.share())
+            run.measure_machine(done)
+            run.flush()
+        if run and done % max(1, steps // PANELS) == 0:
+            with tracking.optional(run, "the picture of training"):
+                picture = draw_panel(published, loader, job.sampler, worker.device)
+                run.picture_of_step(picture, "training episodes", done)
+        if validates:
             # Rank 0 decides for all: a difference in rounding must not let ranks resume from different weights.
-            (miou,) = training.from_rank_0(lambda: (validate(segmenter, checker, job, worker),))
+            (miou,) = training.from_rank_0(lambda: (validate(published, checker, job, worker),))
             if run:
                 run.log(done, val_miou=miou)
             if miou > best["miou"]:
-                weights = {key: value.detach().cpu().clone() for key, value in segmenter.state_dict().items()}
+                weights = {key: value.detach().cpu().clone() for key, value in published.state_dict().items()}
                 best = {"miou": miou, "step": done, "weights": weights}
-        if done % worker.checkpoint_every == 0 and done < steps:
+        if keeps:
             training.check_finite(done, losses, segmenter)
             if run:  # a checkpoint must not be ahead of the curves that lead to it
                 run.checkpoint()
             kept = {"segmenter": segmenter.state_dict(), "optimiser": optimiser.state_dict(), "seconds": clock.total()}
-            kept["best"] = best
+            kept |= {"best": best, "averaged": None if averaged is None else averaged.state_dict()}
             training.save_state(worker.rank, {"step": done, **losses}, step=done, **kept)
-    training.check_finite(steps, losses, segmenter)
+    training.check_finite(steps, losses, published)
     if run:
         result: dict[str, Any] = {
             "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
@@ -165,10 +184,55 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             result |= {"best_step": best["step"], "best_val_miou": round(best["miou"], 6)}
             publish_best(job, best["weights"], result, f"{worker.folder}/best", run.run_id)
         with tempfile.TemporaryDirectory() as folder:
-            segmenter.save(folder, **job.origin, training=result, commit=tracking.commit(), run_id=run.run_id)
+            published.save(folder, **job.origin, training=result, commit=tracking.commit(), run_id=run.run_id)
             checkpoints.publish(folder, final)
         run.flush(at_once=True)
         run.keep()
+
+
+def moving_average(segmenter: Segmenter, decay: float) -> AveragedModel | None:
+    """The exponential moving average of a segmenter's weights; None without a decay."""
+    if not decay:
+        return None
+    return AveragedModel(segmenter, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def fed(loader: EpisodeLoader, job: EpisodicJob, worker: training.Worker, first: int) -> Iterator[EpisodeBatch]:
+    """This worker's episodes from a step on, read ahead: each step's in as many parts as it accumulates."""
+    settings = worker.settings
+    shares = training.worker_batches(first, job.steps, job.episodic.batch, worker.rank, worker.world)
+    size = job.episodic.batch // (worker.world * settings.accumulate)
+    parts = (share[at : at + size] for share in shares for at in range(0, len(share), size))
+    pinned = worker.device.type == "cuda"
+    return loader.batches(job.sampler, parts, settings.feed_threads, settings.feed_depth, pinned)
+
+
+def train_step(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    parts: Sequence[EpisodeBatch],
+    worker: training.Worker,
+    clip: float | None,
+) -> dict[str, Tensor]:
+    """One step on this worker's part, or parts, of the batch; returns their mean losses, not yet those of all workers.
+
+    Whatever the split, the gradient is that of the whole batch: BCE is over its pixels, of which all workers know.
+    """
+    pixels = worker.mean(torch.stack([part.scored_pixels() for part in parts]).mean())
+    optimiser.zero_grad(set_to_none=True)
+    total: dict[str, Tensor] = {}
+    for number, part in enumerate(parts, start=1):
+        alone = isinstance(model, DistributedDataParallel) and number < len(parts)
+        with model.no_sync() if alone else nullcontext():  # type: ignore[operator]
+            with worker.autocast():
+                losses = model(part.to(worker.device), pixels)
+            (losses["loss"] / len(parts)).backward()
+        for name, loss in losses.items():
+            total[name] = total.get(name, 0) + loss.detach().float() / len(parts)
+    if clip is not None:
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
+    optimiser.step()
+    return total
 
 
 @torch.inference_mode()

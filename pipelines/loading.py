@@ -1,8 +1,8 @@
 """Episodes as tensors: features from the stores, labels from the data set under the same views."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -54,9 +54,9 @@ class EpisodeLoader:
     def load(self, episodes: Sequence[Episode]) -> EpisodeBatch:
         """The episodes as one batch; all have the same number of shots."""
         ids = [[e.query, *e.supports] for e in episodes]
-        flat_ids, flat_views = [i for row in ids for i in row], [v for e in episodes for v in e.views]
+        flat = [(i, v) for e, row in zip(episodes, ids, strict=True) for i, v in zip(row, e.views, strict=True)]
         flips = torch.tensor([e.flips for e in episodes])
-        late = _channels_first(self.late.rows(flat_ids, flat_views)).unflatten(0, flips.shape)
+        late = _channels_first(_rows_once(self.late, flat)).unflatten(0, flips.shape)
         query_input = None
         if self.query is not None:
             queries = self.query.rows([e.query for e in episodes], [e.views[0] for e in episodes])
@@ -72,13 +72,26 @@ class EpisodeLoader:
             query_labels=None if first else self._for_loss(labels[:, 0]),
         )
 
-    def batches(self, sampler: EpisodeSampler, batches: Iterator[Sequence[int]]) -> Iterator[EpisodeBatch]:
-        """Batches of the episodes of these indices, each read while the one before it is in use."""
-        return self.ahead([sampler.episode(i) for i in indices] for indices in batches)
-
-    def ahead(self, batches: Iterator[Sequence[Episode]]) -> Iterator[EpisodeBatch]:
+    def ahead(self, batches: Iterable[Sequence[Episode]]) -> Iterator[EpisodeBatch]:
         """Batches of episodes, each read while the one before it is in use."""
         return ahead(self.load, batches)
+
+    def batches(
+        self,
+        sampler: EpisodeSampler,
+        batches: Iterable[Sequence[int]],
+        threads: int = 1,
+        depth: int = 1,
+        pinned: bool = False,
+    ) -> Iterator[EpisodeBatch]:
+        """Batches of the episodes of these indices, drawn and read by `threads`, up to `depth` before they are used;
+        `pinned` ones a GPU copies by itself."""
+
+        def read(indices: Sequence[int]) -> EpisodeBatch:
+            batch = self.load([sampler.episode(i) for i in indices])
+            return batch.pinned() if pinned else batch
+
+        return ahead(read, batches, threads, depth)
 
     def _for_loss(self, labels: Tensor) -> Tensor:
         return labels.masked_fill(labels == paper.VOID, 0) if self.void_is_background else labels
@@ -105,16 +118,18 @@ class EpisodeLoader:
         return mask
 
 
-def ahead(read: Callable[[A], B], wanted: Iterator[A]) -> Iterator[B]:
-    """What `read` makes of one after another, each read by a thread while the one before it is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        following = None
+def ahead(read: Callable[[A], B], wanted: Iterable[A], threads: int = 1, depth: int = 1) -> Iterator[B]:
+    """What `read` makes of one after another, in their order; threads are up to `depth` before what is in use."""
+    pool, coming = ThreadPoolExecutor(threads), deque[Future[B]]()
+    try:
         for one in wanted:
-            current, following = following, pool.submit(read, one)
-            if current is not None:
-                yield current.result()
-        if following is not None:
-            yield following.result()
+            coming.append(pool.submit(read, one))
+            if len(coming) > depth:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _mark(small: np.ndarray, whole: np.ndarray, extent: tuple[int, ...]) -> None:
@@ -125,12 +140,22 @@ def _mark(small: np.ndarray, whole: np.ndarray, extent: tuple[int, ...]) -> None
         small[y, x] = 1
 
 
+def _rows_once(features: Features, wanted: list[tuple[str, int]]) -> np.ndarray:
+    """Features of images under their views, of which each is read once."""
+    different = dict.fromkeys(wanted)
+    found = features.rows([i for i, _ in different], [v for _, v in different])
+    if len(different) == len(wanted):
+        return found
+    places = {key: place for place, key in enumerate(different)}
+    return found[[places[key] for key in wanted]]
+
+
 def _channels_first(features: np.ndarray) -> Tensor:
     return torch.from_numpy(features).movedim(-1, 1)
 
 
 def _mirror(x: Tensor, flips: Tensor) -> Tensor:
     """Left and right exchanged (last axis) where `flips` is true; `flips` has the leading axes of `x`."""
-    if not flips.any():
-        return x
-    return torch.where(flips.view(*flips.shape, *[1] * (x.ndim - flips.ndim)), x.flip(-1), x)
+    if flips.any():
+        x[flips] = x[flips].flip(-1)
+    return x

@@ -71,7 +71,7 @@ class Settings:
 def job(settings: Settings) -> dict[str, Any]:
     """Check stores, fold and adapter, then train on Ray Train; a finished run just prints its result."""
     places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
-    check_batch(episodic.batch, settings.workers.workers)
+    check_batch(episodic.batch, settings.workers.workers, settings.workers.accumulate)
     if {"/", ":"} & set(settings.model_name):
         raise UserError(f"--model-name {settings.model_name}: expected a name without / and :")
     dataset = datasets.dataset_of(places)

@@ -45,7 +45,7 @@ class Worker:
     folder: str
     """URL of the run's folder."""
     precision: str
-    checkpoint_every: int
+    settings: Workers
     progress: Any
     run: tracking.Run | None
     """MLflow's run; rank 0 alone logs."""
@@ -54,6 +54,14 @@ class Worker:
         """Say where the loop is, for the progress bar; from rank 0."""
         if self.run:
             self.progress.tell.remote(title, done, total)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """A number's mean over all workers, on this one's device; every worker must call it."""
+        value = value.to(self.device)
+        if self.world > 1:
+            torch.distributed.all_reduce(value)
+            value /= self.world
+        return value
 
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast if the settings ask for it."""
@@ -214,7 +222,7 @@ def _loop(task: Task, context: Any) -> None:
         world=context.get_world_size(),
         folder=task.folder,
         precision=task.precision,
-        checkpoint_every=task.workers.checkpoint_every,
+        settings=task.workers,
         progress=task.progress,
         run=_run(task) if rank == 0 else None,
     )
@@ -256,6 +264,49 @@ def check_finite(step: int, losses: dict[str, float], model: nn.Module | None = 
             f"training diverged at step {step} ({wrong[0]}); the last checkpoint before it is kept, nothing is "
             "published; take a lower learning rate, or fp32, under another --name or --out"
         )
+
+
+class Losses:
+    """Losses of the steps since they were last gathered; they stay on the device, which is not waited for."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, dict[str, Tensor]]] = []
+
+    def add(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Keep a step's."""
+        self._steps.append((step, losses))
+
+    def gather(self) -> list[tuple[int, dict[str, float]]]:
+        """Each step's, averaged over ranks; every rank must call it. Raises Fault for one that is not a number."""
+        if not self._steps:
+            return []
+        flat = {f"{step} {name}": loss for step, losses in self._steps for name, loss in losses.items()}
+        means = mean_over_ranks(flat)
+        found = [(step, {name: means[f"{step} {name}"] for name in losses}) for step, losses in self._steps]
+        self._steps = []
+        for step, of_step in found:
+            check_finite(step, of_step)
+        return found
+
+
+class Waiting:
+    """How much of the time a loop waits, as a context around each wait."""
+
+    def __init__(self) -> None:
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited += time.perf_counter() - self._began
+
+    def share(self) -> float:
+        """Share of the time since it was last asked."""
+        now = time.perf_counter()
+        share = self._waited / (now - self._since)
+        self._waited, self._since = 0.0, now
+        return share
 
 
 def from_rank_0(compute: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.masks import binary_label
 from fsdino.data.protocols import HDMNET
 from fsdino.data.voc import VocDataset
-from pipelines.loading import EpisodeLoader
+from pipelines.loading import EpisodeLoader, ahead
 
 GRID = 7
 
@@ -82,3 +82,24 @@ def test_a_plain_episode_shows_its_images_unmirrored(loader):
         batch = loader.load([sampler.episode(index).plain()])
         assert batch.query_late[0, 2, 0].tolist() == list(range(GRID))
         assert batch.query_late[0, 1, :, 0].tolist() == list(range(GRID))
+
+
+@pytest.mark.parametrize("threads, depth", [(1, 1), (3, 4), (4, 1)])
+def test_any_number_of_threads_reads_ahead_in_order_and_no_further_than_told(threads, depth):
+    started, used = [], []
+
+    def read(number):
+        started.append(number)
+        return number
+
+    for number in ahead(read, iter(range(20)), threads, depth):
+        used.append(number)
+        assert len(started) <= len(used) + depth
+    assert used == list(range(20))
+
+
+def test_an_image_that_several_episodes_share_is_read_once(loader, episode, monkeypatch):
+    asked, rows = [], loader.late.rows
+    monkeypatch.setattr(type(loader.late), "rows", lambda self, ids, views: asked.extend(ids) or rows(ids, views))
+    twice = loader.load([episode, episode])
+    assert len(asked) == len(set(asked)) == 3 and torch.equal(twice.query_late[0], twice.query_late[1])

@@ -43,3 +43,16 @@ def test_the_teacher_is_averaged_over_the_area_of_each_student_position():
     student = torch.tensor([[[[2.5, 4.5], [10.5, 12.5]]]])
     assert distillation_loss(student, teacher).item() == 0
     assert distillation_loss(student + 2, teacher).item() == pytest.approx(4)
+
+
+def test_parts_of_a_batch_have_its_loss_as_their_mean_whatever_is_void():
+    torch.manual_seed(0)
+    logits, label = torch.randn(4, 1, 6, 6), torch.randint(0, 2, (4, 6, 6), dtype=torch.uint8)
+    label[0, :5] = 255
+    label[1, :2] = 255
+    whole = mask_loss(logits, label)
+    pixels = (label != 255).sum() / 2
+    parts = [mask_loss(logits[i : i + 2], label[i : i + 2], pixels) for i in (0, 2)]
+    assert sum(parts).item() / 2 == pytest.approx(whole.item(), rel=1e-6)
+    alone = [mask_loss(logits[i : i + 2], label[i : i + 2]) for i in (0, 2)]
+    assert sum(alone).item() / 2 != pytest.approx(whole.item(), rel=1e-3)
