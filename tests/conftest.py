@@ -25,8 +25,9 @@ VOC = DATA / "VOCdevkit" / "VOC2012"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of processes beside each other (`pytest -n`) one gets all tests that run commands, and with them the only Ray."""
     for item in items:
-        imported = vars(getattr(item, "module", item)).keys()
-        if {"run", "command", "stop_ray"} & imported or "places" in getattr(item, "fixturenames", ()):
+        function = getattr(item, "function", None)
+        called = set(function.__code__.co_names) & function.__globals__.keys() if function else set()
+        if {"run", "command", "stop_ray"} & called or "places" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ray"))
 
 
