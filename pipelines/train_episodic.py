@@ -8,9 +8,9 @@ Cost: the paper trains 100 epochs on one A6000; README has the offline recipe's 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from pipelines.recipes import (
     model_run,
 )
 from pipelines.runs import RunFolder, identity
+
+if TYPE_CHECKING:
+    from pipelines.episodic_loop import EpisodicJob
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,32 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Check stores, fold and adapter, then train on Ray Train; a finished run just prints its result."""
-    places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
-    check_batch(episodic.batch, settings.workers.workers, settings.workers.accumulate)
     if {"/", ":"} & set(settings.model_name):
         raise UserError(f"--model-name {settings.model_name}: expected a name without / and :")
+    run, job_of_run = planned(settings)
+    record = run.finished(settings.places.tracking_uri)
+    if record is None:
+        images, steps = run.identity["base_images"], run.identity["steps"]
+        print(f"{run.name}: {images} base images, {steps} steps of {settings.episodic.batch}", file=sys.stderr)
+        from pipelines import episodic_loop, training
+
+        training.train(run, episodic_loop.loop, job_of_run(), settings.places, settings.workers, settings.device)
+        record = checkpoints.read_record(run.final, "segmenter")
+    return {
+        "checkpoint": run.final,
+        "fold": settings.fold,
+        "variant": settings.model.variant,
+        "steps": run.identity["steps"],
+        **record["training"],
+        "model": registered(settings, run, record),
+        **({} if settings.episodic.select_on == "none" else {"best": f"{run.url}/best"}),
+    }
+
+
+def planned(settings: Settings) -> "tuple[RunFolder, Callable[[], EpisodicJob]]":
+    """What is to be trained, checked and opened: the run, and what reads the first weights and makes its job."""
+    places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
+    check_batch(episodic.batch, settings.workers.workers, settings.workers.accumulate)
     dataset = datasets.dataset_of(places)
     rules = datasets.rules_of(settings.benchmark, dataset)
     held_out = held_out_classes(settings, dataset)
@@ -147,14 +172,12 @@ def job(settings: Settings) -> dict[str, Any]:
         identity=same,
         inputs=(datasets.data_input(dataset, "train", images.listed), *stores.inputs((late, query), "training")),
     )
-    model_name = settings.model_name or f"fsdino-{dataset.name}-fold{settings.fold}"
-    record = run.finished(places.tracking_uri)
-    if record is None:
-        print(f"{run.name}: {len(sampler.images)} base images, {steps} steps of {episodic.batch}", file=sys.stderr)
-        from pipelines import episodic_loop, training
+
+    def job_of_run() -> "EpisodicJob":
+        from pipelines import episodic_loop
 
         adapter_state, decoder_state = episodic_loop.initial_weights(adapter, model, settings.decoder_weights)
-        planned = episodic_loop.EpisodicJob(
+        return episodic_loop.EpisodicJob(
             dataset=dataset,
             late=late,
             query=query,
@@ -170,20 +193,11 @@ def job(settings: Settings) -> dict[str, Any]:
             adapter=adapter_state,
             decoder=decoder_state,
         )
-        training.train(run, episodic_loop.loop, planned, places, settings.workers, settings.device)
-        record = checkpoints.read_record(run.final, "segmenter")
-    return {
-        "checkpoint": run.final,
-        "fold": settings.fold,
-        "variant": model.variant,
-        "steps": steps,
-        **record["training"],
-        "model": registered(settings, run, record, model_name),
-        **({} if validation is None else {"best": f"{run.url}/best"}),
-    }
+
+    return run, job_of_run
 
 
-def registered(settings: Settings, run: RunFolder, record: dict[str, Any], name: str) -> str | None:
+def registered(settings: Settings, run: RunFolder, record: dict[str, Any]) -> str | None:
     """The version of the registered model that the run became, NAME/VERSION; registers it first, if it is to be."""
     begun = run.begun()
     assert begun is not None
@@ -191,6 +205,7 @@ def registered(settings: Settings, run: RunFolder, record: dict[str, Any], name:
         from pipelines import registry
 
         uri = settings.places.tracking_uri
+        name = settings.model_name or f"fsdino-{run.dataset}-fold{settings.fold}"
         begun["registered"] = registry.register(uri, begun["run_id"], run.final, record, name, run.dataset)
         run.write(begun["run_id"], begun["closed"], begun["registered"])
     return begun["registered"]
