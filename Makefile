@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+FAST := not slow and not gpu
 
 .PHONY: demo test test-slow check mlflow clean
 
@@ -11,8 +12,12 @@ demo: $(READY)
 mlflow: $(READY)
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db
 
+# Tests that run commands share a process, as they share a Ray; the others run beside them, and are shown behind.
 test: $(READY) check
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest -m "$(FAST) and not commands" > .venv/tests.log 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest -m "$(FAST) and commands"; status=$$?; \
+	wait $$others || status=1; cat .venv/tests.log; exit $$status
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow

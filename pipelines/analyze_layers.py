@@ -57,7 +57,8 @@ def job(settings: Settings) -> dict[str, Any]:
     print(table)
     picture = panels.curve(list(means), list(means.values()), f"agreement with {teacher.name}", encoder.name)
     params = {"encoder": encoder.name, "teacher": teacher.name, "res": backbone.res, "images": settings.images}
-    about = About("analyze", dataset.name, f"{encoder.name}@{backbone.res}", params)
+    read = (datasets.data_input(dataset, "train", chosen),)
+    about = About("analyze", dataset.name, f"{encoder.name}@{backbone.res}", params, read)
     with tracking.running(settings.places.tracking_uri, about) as run:
         for number, r in enumerate(means.values()):
             run.log(number, agreement=r)

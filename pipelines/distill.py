@@ -46,8 +46,6 @@ def job(settings: Settings) -> dict[str, Any]:
     if not distillation.distill_res:
         raise UserError("--distill-res: expected at least one resolution, got none")
     check_batch(distillation.distill_batch, settings.workers.workers)
-    if settings.workers.accumulate > 1 or settings.workers.compile:
-        raise UserError("--accumulate, --compile: are for train_episodic; the adapter is too small for either")
     name, sources, listed = images_of(settings)
     early = [stores.open_encoded(places, name, "early", backbone, res_px) for res_px in distillation.distill_res]
     for store in early[1:]:

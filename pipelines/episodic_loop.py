@@ -105,7 +105,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
     segmenter = build_segmenter(job).to(worker.device)
     averaged = moving_average(segmenter, job.episodic.ema)
     published: Any = segmenter if averaged is None else averaged.module
-    if worker.settings.compile:
+    if job.episodic.train_compile:
         for name in ("encode_support", "segment"):
             setattr(segmenter, name, torch.compile(getattr(segmenter, name)))
     model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))
@@ -131,7 +131,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         for group in optimiser.param_groups:
             group["lr"] = group["initial_lr"] * rate
         with feeding:
-            parts = list(islice(feed, worker.settings.accumulate))
+            parts = list(islice(feed, job.episodic.accumulate))
         pending.add(done, train_step(model, optimiser, parts, worker, job.episodic.clip))
         if averaged is not None:
             averaged.update_parameters(segmenter)
@@ -199,12 +199,12 @@ def moving_average(segmenter: Segmenter, decay: float) -> AveragedModel | None:
 
 def fed(loader: EpisodeLoader, job: EpisodicJob, worker: training.Worker, first: int) -> Iterator[EpisodeBatch]:
     """This worker's episodes from a step on, read ahead: each step's in as many parts as it accumulates."""
-    settings = worker.settings
+    settings, split = worker.settings, job.episodic.accumulate
     shares = training.worker_batches(first, job.steps, job.episodic.batch, worker.rank, worker.world)
-    size = job.episodic.batch // (worker.world * settings.accumulate)
-    parts = (share[at : at + size] for share in shares for at in range(0, len(share), size))
+    size = job.episodic.batch // (worker.world * split)
+    indices = (share[at : at + size] for share in shares for at in range(0, len(share), size))
     pinned = worker.device.type == "cuda"
-    return loader.batches(job.sampler, parts, settings.feed_threads, settings.feed_depth, pinned)
+    return loader.batches(job.sampler, indices, settings.feed_threads, settings.feed_depth * split, pinned)
 
 
 def train_step(
@@ -216,7 +216,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One step on this worker's part, or parts, of the batch; returns their mean losses, not yet those of all workers.
 
-    Whatever the split, the gradient is that of the whole batch: BCE is over its pixels, of which all workers know.
+    Whatever the split, the gradient is that of the whole batch: BCE is over its pixels, counted over all workers.
     """
     pixels = worker.mean(torch.stack([part.scored_pixels() for part in parts]).mean())
     optimiser.zero_grad(set_to_none=True)
@@ -239,7 +239,7 @@ def train_step(
 def validate(segmenter: Segmenter, loader: EpisodeLoader, job: EpisodicJob, worker: training.Worker) -> float:
     """mIoU of the validation episodes, at the side of the loss."""
     assert job.validation is not None
-    score, batch = FewShotScore(job.validation.by_class), job.episodic.batch
+    score, batch = FewShotScore(job.validation.by_class), job.episodic.batch // job.episodic.accumulate
     wanted = range(job.episodic.validation_episodes)
     chunks = (wanted[at : at + batch] for at in range(0, len(wanted), batch))
     segmenter.eval()

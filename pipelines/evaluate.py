@@ -100,7 +100,7 @@ def job(settings: Settings) -> dict[str, Any]:
 
             with evaluation.summary(plan, summary) as run:
                 result = over_seeds([scored(seed, run.run_id) for seed in seeds])
-                evaluation.summarise(run, plan, summary, result)
+                evaluation.summarise(run, summary, result)
         return result
     finally:
         if "pipelines.scoring" in sys.modules:
@@ -177,7 +177,7 @@ def planned(settings: Settings) -> tuple[ScoringPlan, str, dict[str, Any], dict[
         memory_confidence=settings.memory_confidence,
         tracking_uri=places.tracking_uri,
         inputs=(datasets.data_input(dataset, "val", used), *stores.inputs(opened, "test")),
-        trained=subject.run_id,
+        trained_by=subject.trained_by,
         panel=settings.panel or "",
         masks=settings.masks or "",
     )

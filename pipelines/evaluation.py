@@ -22,7 +22,6 @@ def episodes(
         run.file(table, "episodes.parquet")
         _log(run, result)
         scores.write(result, table)
-        _tag(plan, scores, result, parent)
         with tracking.optional(run, "the pictures of episodes"):
             scorer = scoring.scorer_of(plan)
             first = scorer.picture(seed, range(min(scoring.PANEL_ROWS, plan.episodes)))
@@ -43,12 +42,7 @@ def videos(
         result = {**about, **video_scoring.score(plan)}
         _log(run, result)
         scores.write(result)
-        _tag(plan, scores, result, parent)
     return result
-
-
-TAGGED = ("miou", "fb_iou", "empty", "j_and_f")
-"""Measures that a registered model carries."""
 
 
 @contextmanager
@@ -59,13 +53,12 @@ def summary(plan: ScoringPlan, scores: ScoreFile) -> Iterator[tracking.Run]:
         yield run
 
 
-def summarise(run: tracking.Run, plan: ScoringPlan, scores: ScoreFile, result: dict[str, Any]) -> None:
+def summarise(run: tracking.Run, scores: ScoreFile, result: dict[str, Any]) -> None:
     """Log the means and deviations of several seeds, and write them."""
     numbers = {key: value for key, value in result.items() if isinstance(value, float)}
     run.log(0, **numbers, **{f"{key}_std": value for key, value in result["std"].items()})
     run.keep("FINISHED")
     scores.write(result)
-    _tag(plan, scores, result, None)
 
 
 def _logged(
@@ -83,9 +76,12 @@ def _logged(
         name=f"fold{plan.fold}-{scores.title}-{_test(plan, scores)}{suffix}",
         params=flat(scores.identity),
         inputs=plan.inputs,
-        tags=tags or {},
+        tags={
+            **(tags or {}),
+            tracking.TEST: f"{plan.dataset.name} {_test(plan, scores)} {_size(plan, scores)}",
+        },
         parent=parent,
-        trained=plan.trained,
+        trained_by=plan.trained_by,
     )
     return tracking.running(plan.tracking_uri, about, run_id, scores.outbox)
 
@@ -97,11 +93,10 @@ def _test(plan: ScoringPlan, scores: ScoreFile) -> str:
     return "-".join([f"{scores.identity['shots']}shot", plan.rules.name, *words])
 
 
-def _tag(plan: ScoringPlan, scores: ScoreFile, result: dict[str, Any], parent: str | None) -> None:
-    """The scores of a test on the models that it scored; of several seeds their means."""
-    if plan.trained is not None and parent is None:
-        measures: dict[str, float] = {key: result[key] for key in TAGGED if key in result}
-        tracking.tag_models(plan.tracking_uri, plan.trained, measures, f"{plan.dataset.name} {_test(plan, scores)}")
+def _size(plan: ScoringPlan, scores: ScoreFile) -> str:
+    """Episodes of a seed, and seeds."""
+    seeds = scores.identity["test_seed"]
+    return f"{plan.episodes}x{len(seeds) if isinstance(seeds, list) else 1}"
 
 
 def _log(run: tracking.Run, result: dict[str, Any]) -> None:

@@ -185,18 +185,18 @@ def extract(
                     writer.unseal()
             check_bad(bad, listed, images, settings)
             builds = {url: writer.build_id for url, writer in writers.items()}
-            written, notes, told = 0, [], time.perf_counter()
+            written, notes, told = 0, [], (time.perf_counter(), 0)
             with closing(Progress(computed, settings)) as progress:
                 for unit in run_units(network, read, builds, items, settings) if items else ():
                     progress.add(unit.images)
                     written += unit.bytes
                     bad |= unit.bad
                     notes += unit.notes
-                    if time.perf_counter() > told + TOLD_EVERY_SECONDS:
-                        told = time.perf_counter()
-                        rate = progress.bar.n / (told - started)
-                        run.log(progress.bar.n, images_per_second=rate, gigabytes=written / 1e9)
-                        run.measure_machine(progress.bar.n)
+                    now, images_done = time.perf_counter(), progress.bar.n
+                    if now > told[0] + TOLD_EVERY_SECONDS:
+                        rate, told = (images_done - told[1]) / (now - told[0]), (now, images_done)
+                        run.log(images_done, images_per_second=rate, gigabytes=written / 1e9)
+                        run.measure_machine(images_done)
                         run.flush()
                     check_bad(bad, listed, images, settings)
                     for lock in locks:

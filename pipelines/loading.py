@@ -54,9 +54,9 @@ class EpisodeLoader:
     def load(self, episodes: Sequence[Episode]) -> EpisodeBatch:
         """The episodes as one batch; all have the same number of shots."""
         ids = [[e.query, *e.supports] for e in episodes]
-        flat = [(i, v) for e, row in zip(episodes, ids, strict=True) for i, v in zip(row, e.views, strict=True)]
+        flat_ids, flat_views = [i for row in ids for i in row], [v for e in episodes for v in e.views]
         flips = torch.tensor([e.flips for e in episodes])
-        late = _channels_first(_rows_once(self.late, flat)).unflatten(0, flips.shape)
+        late = _channels_first(self.late.rows(flat_ids, flat_views)).unflatten(0, flips.shape)
         query_input = None
         if self.query is not None:
             queries = self.query.rows([e.query for e in episodes], [e.views[0] for e in episodes])
@@ -84,8 +84,8 @@ class EpisodeLoader:
         depth: int = 1,
         pinned: bool = False,
     ) -> Iterator[EpisodeBatch]:
-        """Batches of the episodes of these indices, drawn and read by `threads`, up to `depth` before they are used;
-        `pinned` ones a GPU copies by itself."""
+        """Batches of the episodes of these indices, drawn and read by `threads`, up to `depth` batches ahead; `pinned`:
+        in page-locked memory."""
 
         def read(indices: Sequence[int]) -> EpisodeBatch:
             batch = self.load([sampler.episode(i) for i in indices])
@@ -119,7 +119,7 @@ class EpisodeLoader:
 
 
 def ahead(read: Callable[[A], B], wanted: Iterable[A], threads: int = 1, depth: int = 1) -> Iterator[B]:
-    """What `read` makes of one after another, in their order; threads are up to `depth` before what is in use."""
+    """What `read` makes of one after another, in their order; threads read up to `depth` items ahead."""
     pool, coming = ThreadPoolExecutor(threads), deque[Future[B]]()
     try:
         for one in wanted:
@@ -138,16 +138,6 @@ def _mark(small: np.ndarray, whole: np.ndarray, extent: tuple[int, ...]) -> None
     if len(places):
         y, x = places[len(places) // 2] * small.shape // np.array(extent)
         small[y, x] = 1
-
-
-def _rows_once(features: Features, wanted: list[tuple[str, int]]) -> np.ndarray:
-    """Features of images under their views, of which each is read once."""
-    different = dict.fromkeys(wanted)
-    found = features.rows([i for i, _ in different], [v for _, v in different])
-    if len(different) == len(wanted):
-        return found
-    places = {key: place for place, key in enumerate(different)}
-    return found[[places[key] for key in wanted]]
 
 
 def _channels_first(features: np.ndarray) -> Tensor:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import tempfile
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ KEPT_CLASSES = 64
 
 
 class FewShotModel(PythonModel):
-    """fsdino.Predictor behind MLflow's interface; classes that were asked for lately stay registered."""
+    """fsdino.Predictor behind MLflow's interface; recent classes are cached."""
 
     def load_context(self, context: Any) -> None:
         """Load encoder and segmenter."""
@@ -34,10 +35,12 @@ class FewShotModel(PythonModel):
         weights = context.artifacts.get("encoder_weights")
         self.predictor = Predictor.load(context.artifacts["checkpoint"], device=device, encoder_weights=weights)
         self.classes: OrderedDict[str, Any] = OrderedDict()
+        self.lock = threading.Lock()  # a server calls from several threads
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row for each query."""
-        rows = [self._row(row.query, list(row.supports), list(row.masks)) for row in model_input.itertuples()]
+        with self.lock:
+            rows = [self._row(row.query, list(row.supports), list(row.masks)) for row in model_input.itertuples()]
         return pd.DataFrame(rows, columns=["mask", "score"])
 
     def _row(self, query: str, supports: list[str], masks: list[str]) -> tuple[str, float]:

@@ -23,6 +23,8 @@ class Unsent:
     """Pictures of a series: its name, the step, a PNG."""
     folders: dict[str, str] = field(default_factory=dict)
     """Name of the artifact to the URL of a published checkpoint."""
+    trained_by: str = ""
+    """The run whose registered models get this one's scores, once it has ended."""
     status: str = ""
     """FINISHED or FAILED; empty while the run goes on."""
 
@@ -47,10 +49,12 @@ class Outbox:
         """What a run could not send; nothing if there is no file of it, or a damaged one."""
         try:
             record: dict[str, Any] = json.loads(bytes(open_folder(self.folder).read(self._file(run_id))))
-            files = {name: base64.b64decode(data) for name, data in record["files"].items()}
+            kept = record.get("files", record.get("pictures", {}))  # a release before had no other files
+            files = {name: base64.b64decode(data) for name, data in kept.items()}
             points: list[Point] = [(name, value, time, step) for name, value, time, step in record["points"]]
-            series = [(name, step, base64.b64decode(data)) for name, step, data in record["series"]]
-            return Unsent(run_id, points, files, series, record["folders"], record["status"])
+            series = [(name, step, base64.b64decode(data)) for name, step, data in record.get("series", [])]
+            trained_by = record.get("trained_by", "")
+            return Unsent(run_id, points, files, series, record["folders"], trained_by, record["status"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return Unsent(run_id)
 
@@ -63,7 +67,7 @@ class Outbox:
         files = {name: base64.b64encode(data).decode() for name, data in unsent.files.items()}
         series = [(name, step, base64.b64encode(data).decode()) for name, step, data in unsent.series]
         record = {"points": unsent.points, "files": files, "series": series}
-        record |= {"folders": unsent.folders, "status": unsent.status}
+        record |= {"folders": unsent.folders, "trained_by": unsent.trained_by, "status": unsent.status}
         folder.write(self._file(unsent.run_id), [json.dumps(record).encode()])
 
     def _file(self, run_id: str) -> str:

@@ -138,10 +138,6 @@ class Workers:
     """Ray Train workers; the batch is split among them."""
     worker_cpus: Cores = 2
     """CPU cores per worker."""
-    accumulate: Few = 1
-    """Parts of its share of a step that a worker computes one after another, where memory does not hold it at once."""
-    compile: bool = False
-    """Run the segmenter through torch.compile; worth it for long runs on GPUs."""
     feed_threads: Few = 1
     """Threads of a worker that read and decode the next steps' features."""
     feed_depth: Few = 2
@@ -196,8 +192,12 @@ class Episodic:
     """Learning rate of the decoder."""
     balance: Share = 0.0
     """Above 0: draw the class first, by its number of images to the power 1 - balance (1: all equally likely)."""
+    accumulate: Few = 1
+    """Parts of its share of a step that a worker computes one after another, where memory does not hold it at once."""
+    train_compile: bool = False
+    """Run the segmenter through torch.compile; worth it for long runs on GPUs."""
     clip: Annotated[float, Range(0, 1e6, closed=False)] | None = None
-    """Largest norm of a step's gradient; none: as it comes."""
+    """Largest norm of a step's gradient; none: no clipping."""
     ema: Annotated[float, Range(0, 0.99999)] = 0.0
     """Above 0: what is validated and published is the weights' moving average with this decay."""
     flip: bool = False

@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw
 
 import fsdino
 from feature_store.storage import open_folder
-from fsdino.errors import first_line
+from fsdino.errors import UserError, first_line
+from fsdino.weights import weights_digest
 from pipelines import tracking
 
 REQUIRED = (
@@ -43,8 +44,11 @@ SIGNATURE = ModelSignature(
 def register(
     tracking_uri: str, run_id: str, checkpoint: str, record: Mapping[str, Any], name: str, dataset: str
 ) -> str | None:
-    """Register the segmenter of a run as the next version of a model: `NAME/VERSION`. None, and a note, if MLflow does
-    not take it; the checkpoint is whole without it, and a rerun tries again."""
+    """Register the segmenter of a run as the next version of a model: `NAME/VERSION`.
+
+    None, and a note, if MLflow does not take it, or if nobody could load it; the checkpoint is whole without it, and a
+    rerun tries again.
+    """
     try:
         return _register(tracking.absolute_uri(tracking_uri), run_id, checkpoint, record, name, dataset)
     except Exception as error:  # of MLflow, requests, SQLAlchemy, or an artifact store's driver
@@ -53,7 +57,16 @@ def register(
 
 
 def _register(uri: str, run_id: str, checkpoint: str, record: Mapping[str, Any], name: str, dataset: str) -> str:
-    backbone = record["backbone"]
+    client, backbone = tracking.client(uri), record["backbone"]
+    for known in client.search_model_versions(f"run_id = '{run_id}'"):
+        if known.name == name:  # a kill came before the run could keep it
+            return f"{name}/{known.version}"
+    digest = weights_digest(backbone["encoder"], backbone["encoder_weights"])
+    if digest != record["late"]["weights"]:
+        raise UserError(
+            f"{backbone['encoder']}: expected the weights {record['late']['weights']} that computed its features, got "
+            f"{digest}; name the right file with --encoder-weights"
+        )
     tags = {
         "dataset": dataset,
         "fold": record["fold"],
@@ -73,24 +86,28 @@ def _register(uri: str, run_id: str, checkpoint: str, record: Mapping[str, Any],
         weights = backbone["encoder_weights"]
         if weights is not None and not weights.startswith("hf:"):
             artifacts["encoder_weights"] = weights
-        client, texts = tracking.client(uri), {key: str(value) for key, value in tags.items()}
+        texts = {key: str(value) for key, value in tags.items()}
         experiment = client.get_run(run_id).info.experiment_id
         model = client.create_logged_model(experiment, name=name, source_run_id=run_id, tags=texts)
-        info = mlflow.models.Model.log(
-            None,
-            mlflow.pyfunc,
-            name=name,
-            registered_model_name=name,
-            run_id=run_id,
-            model_id=model.model_id,
-            tags=texts,
-            python_model=str(Path(__file__).with_name("mlflow_model.py")),
-            artifacts=artifacts,
-            code_paths=[str(Path(fsdino.__file__).parent)],
-            signature=SIGNATURE,
-            input_example=example(),
-            pip_requirements=requirements(backbone["encoder"]),
-        )
+        try:
+            info = mlflow.models.Model.log(
+                None,
+                mlflow.pyfunc,
+                name=name,
+                registered_model_name=name,
+                run_id=run_id,
+                model_id=model.model_id,
+                tags=texts,
+                python_model=str(Path(__file__).with_name("mlflow_model.py")),
+                artifacts=artifacts,
+                code_paths=[str(Path(fsdino.__file__).parent)],
+                signature=SIGNATURE,
+                input_example=example(),
+                pip_requirements=requirements(backbone["encoder"]),
+            )
+        except BaseException:
+            client.finalize_logged_model(model.model_id, "FAILED")
+            raise
         version = str(info.registered_model_version)
         client.finalize_logged_model(model.model_id, "READY")
         client.update_registered_model(name, f"Few-shot segmenter that never saw fold {record['fold']} of {dataset}.")
@@ -98,6 +115,7 @@ def _register(uri: str, run_id: str, checkpoint: str, record: Mapping[str, Any],
         client.update_model_version(
             name, version, f"{record['config']['variant']}, recipe {record['recipe']}: loss {loss} at its last step."
         )
+    tracking.tag_models(client, run_id)
     return f"{name}/{version}"
 
 

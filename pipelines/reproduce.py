@@ -36,7 +36,7 @@ def job(settings: Settings) -> dict[str, Any]:
         dataset.novel(fold)
     if not settings.folds or not settings.shots:
         raise UserError(f"--folds {settings.folds}, --shots {settings.shots}: expected at least one fold and one shot")
-    check_batch(settings.episodic.batch, settings.workers.workers)
+    check_batch(settings.episodic.batch, settings.workers.workers, settings.episodic.accumulate)
     log = Path(local_path(settings.places.out) or "outputs") / "reproduce.log"
     print(f"log of all steps: {log}", file=sys.stderr)
     results = sequence.run(settings, sequence.plan(settings), log)

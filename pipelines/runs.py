@@ -42,7 +42,7 @@ class About:
     tags: dict[str, str] = field(default_factory=dict)
     parent: str | None = None
     """The run that sums up this one and its like."""
-    trained: str | None = None
+    trained_by: str | None = None
     """The run that trained what this one scores."""
 
 
@@ -60,6 +60,8 @@ class RunFolder:
     identity: dict[str, Any]
     """What makes two runs the same run, as JSON."""
     inputs: tuple[Input, ...]
+    idle: frozenset[str] = frozenset()
+    """Settings without effect on it, which MLflow does not show."""
 
     @property
     def url(self) -> str:
@@ -74,7 +76,8 @@ class RunFolder:
     @property
     def about(self) -> About:
         """The run as MLflow shows it."""
-        return About(self.pipeline, self.dataset, self.name, flat(self.identity), self.inputs)
+        params = {key: value for key, value in flat(self.identity).items() if key not in self.idle}
+        return About(self.pipeline, self.dataset, self.name, params, self.inputs)
 
     @property
     def outbox(self) -> Outbox:
@@ -169,6 +172,7 @@ class ScoreFile:
         if episodes:
             open_folder(self.folder).write(f"{self.file.removesuffix('.json')}.parquet", [episodes])
         open_folder(self.folder).write(self.file, [json.dumps(record, indent=1, allow_nan=False).encode()])
+        open_folder(self.folder).delete(self._begun_file)
 
 
 def identity(**parts: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class ScoringPlan:
     tracking_uri: str
     inputs: tuple[Input, ...]
     """What it reads, as MLflow lists it."""
-    trained: str | None
+    trained_by: str | None
     """MLflow's run that trained what is scored."""
     panel: str
     """File for a picture, or empty."""

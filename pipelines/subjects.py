@@ -25,8 +25,8 @@ class Subject:
     query: FeatureStore | None
     identity: dict[str, Any]
     trained_on: str | None
-    run_id: str | None
-    """MLflow's run that trained it."""
+    trained_by: str | None
+    """MLflow's run whose last weights it has."""
 
 
 def subject(settings: "Settings", dataset: str) -> Subject:
@@ -85,7 +85,7 @@ def _segmenter(settings: "Settings", dataset: str) -> Subject:
             "query": None if query is None else asdict(query.fingerprint),
         },
         trained_on=f"{record['dataset']}, fold {record['fold']}",
-        run_id=record.get("run_id"),
+        trained_by=None if "selected" in record else record.get("run_id"),  # what is registered are the last weights
     )
 
 
@@ -137,7 +137,7 @@ def _baseline(settings: "Settings", dataset: str) -> Subject:
             "query": adapter and adapter.digest,
         },
         trained_on=None,
-        run_id=None,
+        trained_by=None,
     )
 
 

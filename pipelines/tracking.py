@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,10 @@ DESCRIPTIONS = {
     "analyze": "How well the layers of an encoder agree with a teacher on {}.",
 }
 """Of the experiments, which are called PIPELINE/DATASET."""
-SUMMARY = "summary"
-"""Tag of a run that sums up others."""
+SUMMARY, TEST, TRAINED_BY = "summary", "test", "trained_by"
+"""Tags: of a run that sums up others; what a test was; the run that trained what it scored."""
+TAGGED = ("miou", "fb_iou", "empty", "j_and_f")
+"""Measures that a registered model carries."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens it as one of language models
 PROFILE_LIMIT = 60000
 NOT_IN_NAMES = re.compile(r"[^/\w.\- :]")
@@ -159,7 +161,7 @@ class Run:
         return not self.unsent
 
     def _send(self) -> None:
-        unsent = self.unsent
+        unsent, ends = self.unsent, bool(self.unsent.status)
         while unsent.points:
             batch = unsent.points[:METRIC_LIMIT]
             self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
@@ -185,6 +187,9 @@ class Run:
                     (Path(folder) / file).write_bytes(published.read(file))
                 self.client.log_artifacts(self.run_id, folder, name)
             del unsent.folders[name]
+        if ends and unsent.trained_by:
+            tag_models(self.client, unsent.trained_by)
+            unsent.trained_by = ""
 
 
 def _png(image: Image.Image) -> bytes:
@@ -200,6 +205,7 @@ def running(tracking_uri: str, about: About, run_id: str | None = None, outbox: 
     Raises Fault if the tracking server does not answer at the beginning, and UserError if it refuses.
     """
     run = _begin(tracking_uri, about, run_id, outbox)
+    run.unsent.trained_by = about.trained_by or ""
     if outbox and run_id is None:
         deliver(tracking_uri, outbox)
     try:
@@ -292,15 +298,20 @@ _clients: dict[str, MlflowClient] = {}
 _clients_lock = threading.Lock()
 
 
-def tag_models(tracking_uri: str, trained: str, scores: Mapping[str, float], test: str) -> None:
-    """Write scores of a test on the registered models of a training run; what MLflow does not take is said."""
-    try:
-        server = client(tracking_uri)
-        for version in server.search_model_versions(f"run_id = '{trained}'"):
-            for measure, value in scores.items():
-                server.set_model_version_tag(version.name, version.version, f"{measure} {test}", f"{value:.4f}")
-    except Exception as error:  # of MLflow, requests or SQLAlchemy
-        note(f"the registered model does not carry its scores ({first_line(error)})")
+def tag_models(server: MlflowClient, trained_by: str) -> None:
+    """Write the scores of a training run's tests on the models that were registered of it: means, where several seeds
+    have them."""
+    versions = server.search_model_versions(f"run_id = '{trained_by}'")
+    experiments = server.search_experiments(filter_string="name LIKE 'evaluate/%'") if versions else []
+    ids = [experiment.experiment_id for experiment in experiments]
+    found = server.search_runs(ids, f"tags.{TRAINED_BY} = '{trained_by}' AND status = 'FINISHED'") if ids else []
+    for run in found:
+        if mlflow_tags.MLFLOW_PARENT_RUN_ID in run.data.tags or TEST not in run.data.tags:
+            continue
+        for measure in set(TAGGED) & run.data.metrics.keys():
+            key, value = f"{measure} {run.data.tags[TEST]}", f"{run.data.metrics[measure]:.4f}"
+            for version in versions:
+                server.set_model_version_tag(version.name, version.version, key, value)
 
 
 def runs(tracking_uri: str, pipeline: str) -> list[dict[str, Any]]:
@@ -308,7 +319,9 @@ def runs(tracking_uri: str, pipeline: str) -> list[dict[str, Any]]:
     `tags` of each."""
     server = client(tracking_uri)
     with _answering(tracking_uri):
-        known = server.search_experiments(filter_string=f"name LIKE '{pipeline}/%'")
+        known = list(server.search_experiments(filter_string=f"name LIKE '{pipeline}/%'"))
+        earlier = server.get_experiment_by_name(pipeline)  # as a release before called it
+        known += [] if earlier is None else [earlier]
     listed: list[Any] = []
     token: str | None = "" if known else None
     while token is not None:
@@ -376,8 +389,8 @@ def _begin(tracking_uri: str, about: About, run_id: str | None, outbox: Outbox |
             server.log_inputs(run_id, [_dataset(one) for one in about.inputs])
         if about.parent is not None:
             server.set_tag(run_id, mlflow_tags.MLFLOW_PARENT_RUN_ID, about.parent)
-        if about.trained is not None and _knows(server, about.trained):
-            _link(server, run_id, about.trained)
+        if about.trained_by is not None and _knows(server, about.trained_by):
+            _link(server, run_id, about.trained_by)
     return Run(uri, run_id, outbox)
 
 
@@ -406,12 +419,12 @@ def _dataset(of: Input) -> DatasetInput:
     return DatasetInput(dataset, [InputTag(mlflow_tags.MLFLOW_DATASET_CONTEXT, of.context)])
 
 
-def _link(server: MlflowClient, run_id: str, trained: str) -> None:
+def _link(server: MlflowClient, run_id: str, trained_by: str) -> None:
     """Lead from a run to the one that trained what it scores, and to the model that came of it."""
-    other = server.get_run(trained)
-    page = f"#/experiments/{other.info.experiment_id}/runs/{trained}"
+    other = server.get_run(trained_by)
+    page = f"#/experiments/{other.info.experiment_id}/runs/{trained_by}"
     server.set_tag(run_id, mlflow_tags.MLFLOW_RUN_NOTE, f"Scores what [{other.info.run_name}]({page}) trained.")
-    server.set_tag(run_id, "trained_by", trained)
+    server.set_tag(run_id, TRAINED_BY, trained_by)
     models = [] if other.outputs is None else other.outputs.model_outputs
     if models:
         server.log_inputs(run_id, models=[LoggedModelInput(model.model_id) for model in models])

@@ -98,7 +98,7 @@ def job(settings: Settings) -> dict[str, Any]:
 def planned(settings: Settings) -> "tuple[RunFolder, Callable[[], EpisodicJob]]":
     """What is to be trained, checked and opened: the run, and what reads the first weights and makes its job."""
     places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
-    check_batch(episodic.batch, settings.workers.workers, settings.workers.accumulate)
+    check_batch(episodic.batch, settings.workers.workers, episodic.accumulate)
     dataset = datasets.dataset_of(places)
     rules = datasets.rules_of(settings.benchmark, dataset)
     held_out = held_out_classes(settings, dataset)
@@ -170,6 +170,7 @@ def planned(settings: Settings) -> "tuple[RunFolder, Callable[[], EpisodicJob]]"
         dataset=dataset.name,
         checkpoint="segmenter",
         identity=same,
+        idle=idle(episodic),
         inputs=(datasets.data_input(dataset, "train", images.listed), *stores.inputs((late, query), "training")),
     )
 
@@ -198,25 +199,33 @@ def planned(settings: Settings) -> "tuple[RunFolder, Callable[[], EpisodicJob]]"
 
 
 def registered(settings: Settings, run: RunFolder, record: dict[str, Any]) -> str | None:
-    """The version of the registered model that the run became, NAME/VERSION; registers it first, if it is to be."""
+    """The version of the registered model that the run became, NAME/VERSION; unless --no-register, it is made first."""
     begun = run.begun()
     assert begun is not None
-    if begun.get("registered") is None and settings.register:
+    known = begun.get("registered")
+    name = settings.model_name or (known or f"fsdino-{run.dataset}-fold{settings.fold}").split("/")[0]
+    if settings.register and (known is None or known.split("/")[0] != name):
         from pipelines import registry
 
         uri = settings.places.tracking_uri
-        name = settings.model_name or f"fsdino-{run.dataset}-fold{settings.fold}"
-        begun["registered"] = registry.register(uri, begun["run_id"], run.final, record, name, run.dataset)
-        run.write(begun["run_id"], begun["closed"], begun["registered"])
-    return begun["registered"]
+        known = registry.register(uri, begun["run_id"], run.final, record, name, run.dataset) or known
+        run.write(begun["run_id"], begun["closed"], known)
+    return known
 
 
 def decisive(episodic: Episodic) -> dict[str, Any]:
-    """The settings that have an effect: no epochs where steps are given, no validation where there is none."""
-    idle = {"epochs"} if episodic.steps is not None else {"steps"}
+    """The settings that make another model: not how a step is computed, nor a switch of a later release that is off."""
+    off = {"accumulate", "train_compile"}
+    off |= {name for name, value in (("clip", None), ("ema", 0.0)) if getattr(episodic, name) == value}
+    return {name: value for name, value in asdict(episodic).items() if name not in off}
+
+
+def idle(episodic: Episodic) -> frozenset[str]:
+    """Settings without effect: epochs where steps are given, how to validate where nothing does."""
+    names = {"epochs"} if episodic.steps is not None else {"steps"}
     if episodic.select_on == "none":
-        idle |= {"validation_classes", "validate_every", "validation_episodes"}
-    return {name: value for name, value in asdict(episodic).items() if name not in idle}
+        names |= {"validation_classes", "validate_every", "validation_episodes"}
+    return frozenset(f"episodic.{name}" for name in names)
 
 
 def held_out_classes(settings: Settings, dataset: Dataset) -> list[int]:
@@ -263,7 +272,7 @@ def title(settings: Settings) -> str:
     of_training = replace(settings.benchmark, scored_at=None, align_corners=None, scores_void=None)
     words = departures(settings.teaching, recipe.teaching)
     words += departures(of_training, recipe.benchmark)
-    words += departures(settings.episodic, recipe.episodic)
+    words += departures(replace(settings.episodic, accumulate=1, train_compile=False), recipe.episodic)
     of_folder = ("encoder-", "res-")  # they are in the run folder's name
     words += [w for w in departures(settings.backbone, recipe.backbone) if not w.startswith(of_folder)]
     if settings.workers.seed != recipe.workers.seed:

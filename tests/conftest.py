@@ -14,21 +14,20 @@ from jaxtyping import install_import_hook
 from tests.servers import aws, environment, s3_server
 
 install_import_hook(["fsdino", "feature_store"], "beartype.beartype")
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes beside each other; before torch is loaded
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("FSDINO_TEST_DATA", ROOT.parent / "shared" / "data"))
 VOC = DATA / "VOCdevkit" / "VOC2012"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of processes beside each other (`pytest -n`) one gets all tests that run commands, and with them the only Ray."""
+    """Mark the tests that run commands, which share one Ray."""
     for item in items:
         function = getattr(item, "function", None)
         called = set(function.__code__.co_names) & function.__globals__.keys() if function else set()
         if {"run", "command", "stop_ray"} & called or "places" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            item.add_marker(pytest.mark.commands)
 
 
 @pytest.fixture

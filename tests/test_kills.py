@@ -76,3 +76,21 @@ def test_distillation_resumes_after_kill_9_and_ends_at_the_undisturbed_adapter(w
     resumed = run("distill", *flags(other), *longer)
     for a, b in zip(undisturbed["stages"], resumed["stages"], strict=True):
         assert a["val_mse"] == pytest.approx(b["val_mse"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_every_switch_of_training_survives_a_kill_and_parts_make_the_same_step(whole_run, places):
+    switches = ["--fold", FOLD, "--ema", 0.9, "--clip", 1.0, "--checkpoint-every", 2]
+    undisturbed = run("train_episodic", *flags(places), *switches, "--name", "switches")
+    threads = ["--accumulate", 2, "--feed-threads", 3, "--feed-depth", 4, "--train-compile"]
+    folder = Path(places["--out"]) / TRAINED / "switches-killed"
+    process = start("train_episodic", *flags(places), *switches, *threads, "--name", "switches-killed")
+    assert wait_for(lambda: len(list(folder.glob("checkpoint_*/state.pt"))) >= 2, process, seconds=400)
+    kill(process)
+    resumed = run("train_episodic", *flags(places), *switches, *threads, "--name", "switches-killed")
+    assert resumed["loss"] == pytest.approx(undisturbed["loss"], rel=1e-3)
+    one, other = (Segmenter.load(r["checkpoint"])[0].state_dict() for r in (undisturbed, resumed))
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[key], rtol=2e-2, atol=2e-3)
+    plain = Segmenter.load(whole_run["4d"]["checkpoint"])[0].state_dict()
+    assert any(not torch.allclose(value, plain[key], atol=1e-3) for key, value in one.items())

@@ -96,10 +96,3 @@ def test_any_number_of_threads_reads_ahead_in_order_and_no_further_than_told(thr
         used.append(number)
         assert len(started) <= len(used) + depth
     assert used == list(range(20))
-
-
-def test_an_image_that_several_episodes_share_is_read_once(loader, episode, monkeypatch):
-    asked, rows = [], loader.late.rows
-    monkeypatch.setattr(type(loader.late), "rows", lambda self, ids, views: asked.extend(ids) or rows(ids, views))
-    twice = loader.load([episode, episode])
-    assert len(asked) == len(set(asked)) == 3 and torch.equal(twice.query_late[0], twice.query_late[1])

@@ -97,7 +97,7 @@ def test_a_version_says_what_it_is_how_it_is_asked_and_what_it_scored(whole_run,
     tags = version.tags
     assert (tags["dataset"], tags["fold"], tags["recipe"], tags["variant"]) == ("shapes", str(FOLD), "tiny", "4d")
     assert tags["commit"] == training.data.tags["mlflow.source.git.commit"]
-    assert float(tags["miou shapes 1shot-hdmnet"]) == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)
+    assert float(tags["miou shapes 1shot-hdmnet 20x1"]) == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)
     artifacts = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
     info = mlflow.models.get_model_info(artifacts.removeprefix("file://"))
     assert info.signature.inputs.input_names() == ["query", "supports", "masks"]

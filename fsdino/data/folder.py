@@ -254,13 +254,11 @@ def _below(folder: UPath) -> list[str]:
     base = str(folder).rstrip("/") + "/"
     if not isinstance(folder, Path):
         return [str(path).removeprefix(base) for path in folder.rglob("*") if path.is_file()]
-    # Links are followed, each folder once; one that leads nowhere is a file, so that reading it says so.
-    found, seen = [], set()
+    # Links are followed, but not into a folder that they are in; one that leads nowhere is a file: reading it says so.
+    found = []
     for at, inner, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(at) in seen:
-            inner.clear()
-            continue
-        seen.add(os.path.realpath(at))
+        around = {os.path.realpath(parent) for parent in (at, *Path(at).parents)}
+        inner[:] = [name for name in inner if os.path.realpath(os.path.join(at, name)) not in around]
         found += [os.path.join(at, name).removeprefix(base) for name in names]
     return found
 
