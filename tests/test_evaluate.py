@@ -66,12 +66,13 @@ def test_several_seeds_give_their_mean_and_deviation_and_each_is_kept(whole_run,
     assert [s["seed"] for s in both["seeds"]] == [5, 6, 7]
     client = tracking.MlflowClient(str(places["--tracking-uri"]))
     ids = [client.get_experiment_by_name("evaluate/shapes").experiment_id]
-    (parent,) = client.search_runs(ids, "tags.summary = 'seeds' AND metrics.miou > 0")
+    of_seeds = "tags.summary = 'seeds' AND params.test_seed = '[5, 6, 7]'"
+    (parent,) = client.search_runs(ids, of_seeds)
     children = client.search_runs(ids, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert {child.info.run_name[-6:] for child in children} == {"-seed5", "-seed6", "-seed7"}
     assert parent.data.metrics["miou"] == both["miou"] and parent.data.metrics["miou_std"] == both["std"]["miou"]
     again = evaluate(places, *checkpoint, "--seeds", 3, "--test-seed", 5)
-    assert again == both and len(client.search_runs(ids, "tags.summary = 'seeds'")) == 1
+    assert again == both and len(client.search_runs(ids, of_seeds)) == 1
 
 
 def test_every_episode_is_a_row_from_which_the_score_can_be_counted(whole_run, places, checkpoint):

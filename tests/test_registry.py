@@ -99,7 +99,8 @@ def test_a_version_says_what_it_is_how_it_is_asked_and_what_it_scored(whole_run,
     assert tags["commit"] == training.data.tags["mlflow.source.git.commit"]
     assert float(tags["miou shapes 1shot-hdmnet 20x1"]) == pytest.approx(whole_run["score 4d"]["miou"], abs=1e-4)
     artifacts = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
-    info = mlflow.models.get_model_info(artifacts.removeprefix("file://"))
+    with tracked(str(places["--tracking-uri"])):
+        info = mlflow.models.get_model_info(artifacts.removeprefix("file://"))
     assert info.signature.inputs.input_names() == ["query", "supports", "masks"]
     assert [m.model_id for m in training.outputs.model_outputs] == [version.source.removeprefix("models:/")]
     of_requirements = registry.requirements("tiny_vit")
