@@ -115,7 +115,6 @@ def test_every_place_refuses_what_it_cannot_be_and_tells_no_secret(capsys, tmp_p
 
 
 NO_PLACES = {
-    "--model-name",
     *("--recipe", "--encoder", "--teacher", "--protocol", "--name", "--model-name", "--dataset", "--sam-decoder"),
     *("--support", "--mask", "--query", "--panel", "--plot"),
 }
