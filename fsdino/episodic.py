@@ -29,11 +29,12 @@ class EpisodeBatch:
 
     def to(self, device: torch.device) -> "EpisodeBatch":
         """The batch on a device, features as float32; cast there, so that halves travel."""
-        return self._with(lambda x: x.to(device, non_blocking=True)).floats()
 
-    def floats(self) -> "EpisodeBatch":
-        """Features and support masks as float32."""
-        return self._with(lambda x: x if x.dtype == torch.uint8 else x.to(torch.float32))
+        def moved(x: Tensor) -> Tensor:
+            x = x.to(device, non_blocking=True)
+            return x if x.dtype == torch.uint8 else x.to(torch.float32)  # labels stay as they are
+
+        return self._with(moved)
 
     def scored_pixels(self) -> Float[Tensor, ""]:
         """Number of the queries' pixels that are not void."""
