@@ -14,6 +14,7 @@ from feature_store import layout, manifest, packing
 from feature_store.buffers import Buffers
 from feature_store.cache import CacheSettings, SampleCache
 from feature_store.errors import StoreError
+from feature_store.samples import Samples
 from feature_store.schema import Fingerprint
 from feature_store.storage import Bytes, open_folder
 from feature_store.urls import absolute
@@ -45,13 +46,14 @@ class FeatureStore:
         self.folder = open_folder(self.url)
         seal, array, table = self._open()
         self.fingerprint = self._expected(array)
-        self.samples = manifest.rows_of(table)
-        self.sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
-        self.stamps: list[str] = table["stamp"].to_pylist() if "stamp" in table.column_names else [""] * len(table)
-        self.checksums: list[int] = table["checksum"].to_pylist()
-        reasons = zip(self.samples, table["quarantine"].to_pylist(), strict=True)
+        self.samples = Samples(table)
+        self.sizes = np.column_stack([table["width"].to_numpy(), table["height"].to_numpy()])
+        """(width, height) of each sample's image."""
+        self._checksums = table["checksum"].to_numpy()
+        self._stamps = table["stamp"] if "stamp" in table.column_names else None
+        bad = np.flatnonzero(table["quarantine"].is_valid()).tolist()
         self.quarantined: dict[tuple[str, int], str] = {
-            (sample.sample_id, sample.view): reason for sample, reason in reasons if reason is not None
+            self.samples[row][:2]: table["quarantine"][row].as_py() for row in bad
         }
         self.stored_shape: tuple[int, ...] = tuple(array["shape"][1:])
         self.stored_dtype = np.dtype(self.fingerprint.dtype)
@@ -59,7 +61,6 @@ class FeatureStore:
         self.shape = (*self.stored_shape[:-1], self.fingerprint.channels)
         self.dtype = np.dtype(np.float16) if packed else self.stored_dtype
         self.sample_bytes = int(np.prod(self.stored_shape)) * self.stored_dtype.itemsize
-        self._row = {(sample.sample_id, sample.view): i for i, sample in enumerate(self.samples)}
         self._index: dict[int, list[list[int]]] = {}
         self._full = False
         self._buffers = Buffers()
@@ -74,14 +75,14 @@ class FeatureStore:
 
     def row_numbers(self, sample_ids: Sequence[str], views: Sequence[int]) -> list[int]:
         """Row numbers of samples. Raises StoreError naming the first that the store lacks or has in quarantine."""
-        try:
-            rows = [self._row[key] for key in zip(sample_ids, views, strict=True)]
-        except KeyError as error:
-            sample_id, view = error.args[0]
-            raise StoreError(
-                f"{self.url}: no sample {sample_id!r} view {view} among {len(self)}; "
-                "extract with that image and a larger --num-views"
-            ) from None
+        rows: list[int] = []
+        for row, sample_id, view in zip(self.samples.find(sample_ids, views), sample_ids, views, strict=True):
+            if row is None:
+                raise StoreError(
+                    f"{self.url}: no sample {sample_id!r} view {view} among {len(self)}; "
+                    "extract with that image and a larger --num-views"
+                )
+            rows.append(row)
         for key in zip(sample_ids, views, strict=True) if self.quarantined else ():
             if key in self.quarantined:
                 raise StoreError(f"{self.url}: sample {key[0]!r} has no features: {self.quarantined[key]}")
@@ -89,26 +90,37 @@ class FeatureStore:
 
     def content(self, sample_ids: Iterable[str]) -> str:
         """Eight hex digits of the features of these images under all their views: another, if any of them is."""
-        wanted = set(sample_ids)
-        listed = [(*s[:2], c) for s, c in zip(self.samples, self.checksums, strict=True) if s.sample_id in wanted]
+        listed = [(*self.samples[row][:2], int(self._checksums[row])) for row in self.samples.of_images(sample_ids)]
         return hashlib.sha256(json.dumps(sorted(listed)).encode()).hexdigest()[:8]
+
+    def stamps(self, sample_ids: Sequence[str], views: Sequence[int]) -> list[str | None]:
+        """What tells of each sample's source whether it has changed since it was extracted; None for one that is not
+        here."""
+        found, known = self.samples.find(sample_ids, views), self._stamps
+        return [None if row is None else "" if known is None else known[row].as_py() for row in found]
 
     def rows(self, sample_ids: Sequence[str], views: Sequence[int], **how: Any) -> np.ndarray:
         """Features of samples by their ids and views; `how` as in `read`."""
         return self.read(self.row_numbers(sample_ids, views), **how)
 
     def read(
-        self, rows: Sequence[int], out: np.ndarray | None = None, dtype: np.typing.DTypeLike | None = None
+        self,
+        rows: Sequence[int],
+        out: np.ndarray | None = None,
+        dtype: np.typing.DTypeLike | None = None,
+        packed: bool = False,
     ) -> np.ndarray:
         """Samples in the order asked for, shape (rows, grid, grid, channels). Raises StoreError on damage.
 
         `out` is a C-contiguous buffer to fill instead of a new array (page-locked memory, say); its dtype counts.
         Else `dtype`: float16 or float32; by default the stored one, float16 for int8. Without conversion a local store
-        reads straight into the result.
+        reads straight into the result. `packed`: just as they are stored, an int8 store's codes with their scales
+        behind them.
         """
-        shape = (len(rows), *self.shape)
+        shape = (len(rows), *(self.stored_shape if packed else self.shape))
         if out is None:
-            out = self._buffers.empty(shape, self.dtype if dtype is None else dtype)
+            kept = self.stored_dtype if packed else self.dtype
+            out = self._buffers.empty(shape, kept if dtype is None else dtype)
         elif out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
             raise StoreError(
                 f"{self.url}: expected a writable C-contiguous buffer of shape {shape} to read into, got {out.shape}"
@@ -231,7 +243,7 @@ class FeatureStore:
 
     def _read_group(self, rows: list[int], targets: list[np.ndarray]) -> None:
         """Fill one target for each of neighbouring rows."""
-        if self.shape == self.stored_shape and targets[0].dtype == self.stored_dtype:
+        if targets[0].shape == self.stored_shape and targets[0].dtype == self.stored_dtype:
             stored = targets
         else:
             stored = list(self._buffers.empty((len(rows), *self.stored_shape), self.stored_dtype))
@@ -286,7 +298,7 @@ class FeatureStore:
         """Whether a sample, and Zarr's checksum behind it, are what the manifest lists; true if nothing is checked."""
         if not self.verify:
             return True
-        listed = self.checksums[row]
+        listed = int(self._checksums[row])
         return layout.crc32c(sample) == listed and (crc is None or int.from_bytes(crc, "little") == listed)
 
     def _span(self, row: int) -> tuple[int, int]:

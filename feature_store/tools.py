@@ -257,14 +257,16 @@ def copy(source: str, destination: str) -> dict[str, Any]:
 def difference(first: str, second: str) -> dict[str, Any]:
     """Two stores: which fields of their fingerprints differ, and how far the features of common samples do."""
     one, two = FeatureStore(first), FeatureStore(second)
-    other = {(sample.sample_id, sample.view): row for row, sample in enumerate(two.samples)}
-    usable = one.quarantined.keys() | two.quarantined.keys()
-    common = [(row, other[s[:2]]) for row, s in enumerate(one.samples) if s[:2] in other and s[:2] not in usable]
+    keys = [sample[:2] for sample in one.samples]
+    other = two.samples.find([sample_id for sample_id, _ in keys], [view for _, view in keys])
+    shared = [(row, at, key) for row, (at, key) in enumerate(zip(other, keys, strict=True)) if at is not None]
+    bad = one.quarantined.keys() | two.quarantined.keys()
+    common = [(row, at) for row, at, key in shared if key not in bad]
     differing = one.fingerprint.differences(asdict(two.fingerprint))
     result: dict[str, Any] = {
         "common": len(common),
-        "only_first": len(one) - sum(s[:2] in other for s in one.samples),
-        "only_second": len(two) - sum(s[:2] in other for s in one.samples),
+        "only_first": len(one) - len(shared),
+        "only_second": len(two) - len(shared),
         "fingerprint": differing,
         "quarantined": sorted(
             f"{sample_id} view {view}" for sample_id, view in one.quarantined.keys() ^ two.quarantined.keys()

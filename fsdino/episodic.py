@@ -1,6 +1,6 @@
 """Episodes as tensors, and what a segmenter makes of a batch of them: prediction and training loss (Eq. 6-8)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,29 +31,22 @@ class EpisodeBatch:
         """The batch on a device, features as float32; cast there, so that halves travel."""
 
         def moved(x: Tensor) -> Tensor:
-            x = x.to(device, non_blocking=True)
+            x = x.to(device)
             return x if x.dtype == torch.uint8 else x.to(torch.float32)  # labels stay as they are
 
-        return self._with(moved)
+        return EpisodeBatch(
+            self.episodes,
+            moved(self.support_late),
+            moved(self.support_masks),
+            moved(self.query_late),
+            None if self.query_input is None else moved(self.query_input),
+            None if self.query_labels is None else moved(self.query_labels),
+        )
 
     def scored_pixels(self) -> Float[Tensor, ""]:
         """Number of the queries' pixels that are not void."""
         assert self.query_labels is not None
         return (self.query_labels != paper.VOID).sum().float()
-
-    def pinned(self) -> "EpisodeBatch":
-        """In memory from which a GPU copies while others work."""
-        return self._with(Tensor.pin_memory)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "EpisodeBatch":
-        return EpisodeBatch(
-            self.episodes,
-            change(self.support_late),
-            change(self.support_masks),
-            change(self.query_late),
-            None if self.query_input is None else change(self.query_input),
-            None if self.query_labels is None else change(self.query_labels),
-        )
 
 
 def segment_batch(segmenter: Segmenter, batch: EpisodeBatch) -> Prediction:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from feature_store.urls import absolute, is_url, local_path, redacted
@@ -39,6 +39,15 @@ class Range:
             low = f"{self.low:g} to" if self.closed else f"more than {self.low:g}, up to"
             raise UserError(f"{flag} {value}: expected {low} {self.high:g}")
         return value
+
+
+@dataclass(frozen=True)
+class FoldRange:
+    """A fold's number, or all of them."""
+
+    def check(self, flag: str, value: int | str) -> int | str:
+        """The value. Raises UserError if it is neither."""
+        return value if isinstance(value, str) else int(Range(0, 9999).check(flag, value))
 
 
 @dataclass(frozen=True)
@@ -180,6 +189,7 @@ Share = Annotated[float, Range(0, 1)]
 Rate = Annotated[float, Range(0, 1000, closed=False)]
 """A learning rate."""
 Fold = Annotated[int, Range(0, 9999)]
+FoldOrAll = Annotated[int | Literal["all"], FoldRange()]
 Place = Annotated[str, Location()]
 """A path or URL that is read."""
 Output = Annotated[str, Location(written=True)]

@@ -15,6 +15,7 @@ import tyro
 from feature_store.errors import StoreError, StoreFault
 from feature_store.urls import redacted_text
 from fsdino.errors import DataWarning, Fault, UserError, first_line
+from pipelines import stopping
 from pipelines.checks import checked
 from pipelines.recipes import RECIPES
 
@@ -41,19 +42,21 @@ def main(
     """Parse the flags, do the job, print its result as one JSON line, and exit.
 
     Exit codes: 0 done, 2 wrong usage or input, 1 a fault (a full disk, a dead server, a training that diverged), each
-    in one line on stderr; a fault of our own code comes with its traceback. Credentials in URLs are printed nowhere.
+    in one line on stderr; 130 and 143 stopped by Ctrl-C or SIGTERM; a fault of our own code comes with its traceback.
+    Credentials in URLs are printed nowhere.
     """
     warnings.showwarning = _note
     warnings.simplefilter("always", DataWarning)
+    stopping.raise_on_terminate()
     try:
         result = call(settings_type, job, sys.argv[1:] if argv is None else argv)
     except (UserError, StoreError, Fault) as error:
         _fail(error, 1 if isinstance(error, (StoreFault, Fault)) else 2)
     except (OSError, MemoryError) as error:  # a disk, a network, a memory that failed where nobody expected it
         _fail(f"{type(error).__name__}: {first_line(error)}; fix this and rerun to resume", 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("stopped; rerun the command to resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(stopped, "exit_code", 130))
     try:
         line = json.dumps(result, allow_nan=False)
     except ValueError as error:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,10 +39,13 @@ def connect(wanted: Mapping[str, float], job: str, cure: str) -> None:
     if not ray.is_initialized():
         if "RAY_ADDRESS" not in os.environ:
             check({"CPU": len(os.sched_getaffinity(0)), "GPU": len(glob("/dev/nvidia[0-9]*"))})
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
             raise ClusterFault(error) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's would end with its number for an exit code
     with faults():
         check(ray.cluster_resources())
 

@@ -1,6 +1,7 @@
 """The loop of distillation in one worker: all resolutions in turn, each from the best weights of the one before."""
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from fsdino.adapter import BottleneckAdapter
 from fsdino.losses import distillation_loss
 from fsdino.preprocess import read_image
 from pipelines import checkpoints, panels, tracking, training
+from pipelines.feeding import feeds
 from pipelines.loading import ahead
 from pipelines.recipes import Distillation
 
@@ -50,7 +52,10 @@ def loop(job: DistillationJob, worker: training.Worker) -> None:
     distiller = Distiller(job, worker)
     state = training.load_state() or {"stage": 0, "step": 0, "results": [], "adapter": distiller.weights()}
     while state["stage"] < len(job.early):
-        state = distiller.stage(state)
+        reached = distiller.stage(state)
+        if reached is None:
+            return
+        state = reached
         training.save_state(worker.rank, {"stage": state["stage"], "step": 0}, **state)
     distiller.adapter.load_state_dict(state["adapter"])
     distiller.finish(state["results"])
@@ -64,31 +69,41 @@ class Distiller:
         channels = (job.early[0].fingerprint.channels, job.teacher.fingerprint.channels)
         self.adapter = BottleneckAdapter(*channels).to(worker.device)
         self.model = ray.train.torch.prepare_model(self.adapter)
+        stores, of = (job.teacher, *job.early), worker.settings
+        opened = feeds(stores, worker.device, of.cache_memory_gb, of.cache_device_gb)
+        self._feeds = {store.url: feed for store, feed in zip(stores, opened, strict=True) if feed}
 
-    def stage(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Train at one resolution from `state`; returns the state that the next stage starts from."""
+    def stage(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Train at one resolution from `state`; returns the state that the next stage starts from, None if it was
+        asked to stop."""
         stage, first, worker = state["stage"], state["step"], self.worker
         store, res = self.job.early[stage], self.distillation.distill_res[stage]
         per_epoch = len(self.job.trained) // self.distillation.distill_batch
         steps = per_epoch * self.distillation.distill_epochs
         self.adapter.load_state_dict(state["adapter"])
-        optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=self.distillation.distill_lr, fused=True)
+        rate = self.distillation.distill_lr
+        optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=rate, fused=True)
         if "optimiser" in state:
             optimiser.load_state_dict(state["optimiser"])
         best, best_mse, r2 = state.get("best", state["adapter"]), state.get("best_mse", float("inf")), 0.0
+        pending, checkpointed = training.Losses(), time.monotonic()
+        losses: dict[str, float] = {}
         chosen = self.batches(stage, first, steps, per_epoch)
-        for step, (x, y) in enumerate(self.read_ahead(store, chosen), start=first):
-            lr = optimiser.param_groups[0]["lr"] = self.distillation.distill_lr * training.poly(step, steps)
+        for done, (x, y) in enumerate(self.read_ahead(store, chosen), start=first + 1):
+            optimiser.param_groups[0]["lr"] = rate * training.poly(done - 1, steps)
             with self.worker.autocast():
                 predicted = self.model(x)
             loss = distillation_loss(predicted, y)
-            done = step + 1
-            losses = training.mean_over_ranks({"mse": loss})
-            training.check_finite(done, losses)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            self.log(done, steps, res, **losses, lr=lr)
+            pending.add(done, {"mse": loss.detach()})
+            gathers = done % training.GATHER_EVERY == 0
+            stop, due = worker.wishes(checkpointed) if gathers else (False, False)
+            keeps = (stop or due or done % worker.settings.checkpoint_every == 0) and done < steps
+            if gathers or keeps or done % per_epoch == 0:
+                for at, losses in pending.gather():
+                    self.log(at, steps, res, **losses, lr=rate * training.poly(at - 1, steps))
             if done % per_epoch == 0:
                 # Rank 0 decides for all: a difference in rounding must not let ranks continue from different weights.
                 mse, constant = training.from_rank_0(lambda: self.validate(store, self.student))
@@ -96,12 +111,15 @@ class Distiller:
                 if mse < best_mse:
                     best, best_mse = self.weights(), mse
                 r2 = 1 - best_mse / constant
-            if done % worker.settings.checkpoint_every == 0 and done < steps:
+            if keeps:
                 training.check_finite(done, losses, self.adapter)
                 self.checkpoint()  # a checkpoint must not be ahead of the curves that lead to it
                 kept: dict[str, Any] = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
                 kept |= {"stage": stage, "step": done, "results": state["results"], "best": best, "best_mse": best_mse}
                 training.save_state(worker.rank, {"stage": stage, "step": done}, **kept)
+                checkpointed = time.monotonic()
+                if stop:
+                    return None
         (ridge_r2,) = training.from_rank_0(lambda: (self.ridge_r2(store),))
         self.log(steps, steps, res, ridge_r2=ridge_r2)
         training.check_finite(steps, {"val_mse": best_mse}, self.adapter)
@@ -125,13 +143,13 @@ class Distiller:
     def read_ahead(self, store: FeatureStore, chosen: Iterator[Sequence[str]]) -> Iterator[tuple[Tensor, Tensor]]:
         """As `pairs` for one batch after another, each read while the one before it is in use."""
         of = self.worker.settings
-        for arrays in ahead(lambda ids: self._read(store, ids), chosen, of.feed_threads, of.feed_depth):
-            x, y = (torch.from_numpy(a).movedim(-1, 1).to(self.worker.device, torch.float32) for a in arrays)
-            yield x, y
+        for x, y in ahead(lambda ids: self._read(store, ids), chosen, of.feed_threads, of.feed_depth):
+            yield x.float(), y.float()
 
-    def _read(self, store: FeatureStore, chosen: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, store: FeatureStore, chosen: Sequence[str]) -> tuple[Tensor, Tensor]:
         views = [0] * len(chosen)
-        return store.rows(chosen, views), self.job.teacher.rows(chosen, views)
+        x, y = (self._feeds[of.url].rows(chosen, views) for of in (store, self.job.teacher))
+        return x, y
 
     def student(self, x: Tensor) -> Tensor:
         """The adapter's embedding."""

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ from pipelines.recipes import Episodic
 PANEL_ROWS = 4
 PANELS = 8  # pictures of the same episodes, over a training
 FLUSH_EVERY = 50  # steps
-GATHER_EVERY = 10  # steps whose losses stay on the device
 SAM_PARTS = ("decoder.", "mask_downscaling.", "positional_encoding.")
 
 
@@ -99,6 +99,9 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         job.late.fingerprint.view_seed,
         job.label_px,
         void_is_background=job.void_is_background,
+        device=worker.device,
+        memory_gb=worker.settings.cache_memory_gb,
+        device_gb=worker.settings.cache_device_gb,
     )
     checker = copy.copy(loader)  # it scores void as nothing, whatever the loss makes of it
     checker.void_is_background = False
@@ -123,7 +126,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             averaged.load_state_dict(state["averaged"])
         first, seconds, best = state["step"], state["seconds"], state["best"]
     clock, feeding = training.Stopwatch(seconds), training.Waiting()
-    pending = training.Losses()
+    pending, checkpointed = training.Losses(), time.monotonic()
     losses: dict[str, float] = {}
     feed = fed(loader, job, worker, first)
     for done in range(first + 1, steps + 1):
@@ -137,8 +140,10 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             averaged.update_parameters(segmenter)
         worker.report(f"train fold {job.sampler.fold}", done, steps)
         validates = job.validation is not None and (done % job.episodic.validate_every == 0 or done == steps)
-        keeps = done % worker.settings.checkpoint_every == 0 and done < steps
-        if validates or keeps or done == steps or done % GATHER_EVERY == 0:
+        gathers = done % training.GATHER_EVERY == 0
+        stop, due = worker.wishes(checkpointed) if gathers else (False, False)
+        keeps = (stop or due or done % worker.settings.checkpoint_every == 0) and done < steps
+        if validates or keeps or done == steps or gathers:
             for step, losses in pending.gather():
                 if run:
                     run.log(step, **losses, lr=job.episodic.lr * training.poly(step - 1, steps))
@@ -165,6 +170,9 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             kept = {"segmenter": segmenter.state_dict(), "optimiser": optimiser.state_dict(), "seconds": clock.total()}
             kept |= {"best": best, "averaged": None if averaged is None else averaged.state_dict()}
             training.save_state(worker.rank, {"step": done, **losses}, step=done, **kept)
+            checkpointed = time.monotonic()
+            if stop:
+                return
     training.check_finite(steps, losses, published)
     if run:
         result: dict[str, Any] = {
@@ -203,8 +211,7 @@ def fed(loader: EpisodeLoader, job: EpisodicJob, worker: training.Worker, first:
     shares = training.worker_batches(first, job.steps, job.episodic.batch, worker.rank, worker.world)
     size = job.episodic.batch // (worker.world * split)
     indices = (share[at : at + size] for share in shares for at in range(0, len(share), size))
-    pinned = worker.device.type == "cuda"
-    return loader.batches(job.sampler, indices, settings.feed_threads, settings.feed_depth * split, pinned)
+    return loader.batches(job.sampler, indices, settings.feed_threads, settings.feed_depth * split)
 
 
 def train_step(

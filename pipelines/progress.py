@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from tqdm import tqdm
 
 from feature_store.urls import redacted_text
+from pipelines import stopping
 from pipelines.outcome import Outcome
 
 
@@ -25,6 +26,15 @@ class Progress:
         self._at: tuple[str, int, int | None] = ("starting workers", 0, None)
         self._outcome: Outcome[None] = Outcome()
         self._notes: list[str] = []
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Ask the loop to stop as soon as it has kept its state."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether it is asked to."""
+        return self._stopping
 
     def tell(self, title: str, done: int, total: int) -> None:
         """Set the title, and the steps done and in all."""
@@ -54,7 +64,7 @@ class Progress:
 
 @contextmanager
 def shown(progress: Any) -> Iterator[None]:
-    """A progress bar on this terminal while the block runs."""
+    """A progress bar on this terminal while the block runs; a request to stop is passed on to the loop."""
     stop = threading.Event()
 
     def tell_notes() -> None:
@@ -64,6 +74,8 @@ def shown(progress: Any) -> Iterator[None]:
     def show() -> None:
         with suppress(RayError), tqdm(unit="step", file=sys.stderr) as bar:
             while not stop.wait(1):
+                if stopping.asked():
+                    progress.stop.remote()
                 title, done, total = ray.get(progress.ask.remote())
                 if title != bar.desc.removesuffix(": "):
                     bar.reset(total)

@@ -142,8 +142,16 @@ class Workers:
     """Threads of a worker that read and decode the next steps' features."""
     feed_depth: Few = 2
     """Batches that they are ahead of the step."""
+    cache_memory_gb: Annotated[float, Range(0, 1e6)] = 0
+    """Features that a worker keeps in memory once they are read, in GB; local stores are in the system's own cache."""
+    cache_device_gb: Annotated[float, Range(0, 1e6)] = 0
+    """Features that a worker keeps on its GPU, in GB; if all fit, a step reads none from elsewhere."""
     checkpoint_every: Count = 200
     """Steps between checkpoints; a killed run resumes from the last one."""
+    checkpoint_minutes: Annotated[float, Range(0, 1e6, closed=False)] | None = None
+    """Also a checkpoint when so many minutes have passed since the last one."""
+    checkpoints_kept: Annotated[int, Range(2, 4096)] = 2
+    """The most recent checkpoints of a run are kept, so many."""
     seed: Seed = 0
     """Seed of initialisation and of the order of samples."""
 

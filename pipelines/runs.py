@@ -62,6 +62,8 @@ class RunFolder:
     inputs: tuple[Input, ...]
     idle: frozenset[str] = frozenset()
     """Settings without effect on it, which MLflow does not show."""
+    parent: str | None = None
+    """MLflow's run that sums up this one and its like."""
 
     @property
     def url(self) -> str:
@@ -77,12 +79,17 @@ class RunFolder:
     def about(self) -> About:
         """The run as MLflow shows it."""
         params = {key: value for key, value in flat(self.identity).items() if key not in self.idle}
-        return About(self.pipeline, self.dataset, self.name, params, self.inputs)
+        return About(self.pipeline, self.dataset, self.name, params, self.inputs, parent=self.parent)
 
     @property
     def outbox(self) -> Outbox:
         """What MLflow does not have yet."""
         return Outbox(self.url)
+
+    @property
+    def published(self) -> bool:
+        """Whether there is a final checkpoint."""
+        return checkpoint.files(self.checkpoint)[1] in open_folder(self.url).names("final")
 
     def finished(self, tracking_uri: str) -> dict[str, Any] | None:
         """The record of the published checkpoint, None if there is none yet.
@@ -90,7 +97,7 @@ class RunFolder:
         Raises UserError if a run of another identity is in the folder.
         """
         begun = self.begun()
-        if begun is None or checkpoint.files(self.checkpoint)[1] not in open_folder(self.url).names("final"):
+        if begun is None or not self.published:
             return None
         if not begun.get("closed"):  # a kill or a dead server came between the checkpoint and the end
             from pipelines import tracking

@@ -25,12 +25,14 @@ from fsdino.metrics import Counts, FewShotScore, boundary_of, count
 from fsdino.segmenter import Prediction
 from fsdino.state import sam_prompt_state
 from pipelines import checkpoints, cluster, heap, live, methods, panels
-from pipelines.loading import EpisodeLoader, Features
+from pipelines.feeding import Features
+from pipelines.loading import EpisodeLoader
 from pipelines.scoring_plan import MethodPlan, ScoringPlan
 
 BATCH = 8
 CHUNK = 8 * BATCH  # episodes of one Ray task
 PANEL_ROWS = 6
+FEATURES_GB = 1.0  # in a scorer's memory; a fold of VOC has a quarter of it
 TRUTHS_KEPT = 1024  # 0.4 MB each in VOC, 0.6 MB in COCO
 AHEAD = 2  # batches being counted while the next ones are computed
 
@@ -85,7 +87,16 @@ class Scorer:
             joint = isinstance(self.method, methods.Trained) and self.method.segmenter.config.adapter == "joint"
             if adapter is not None:
                 query = live.LiveFeatures(source, "early" if joint else "embedding")
-        self.loader = EpisodeLoader(job.dataset, late, query, backbone.view_seed, backbone.res, query_labels=False)
+        self.loader = EpisodeLoader(
+            job.dataset,
+            late,
+            query,
+            backbone.view_seed,
+            backbone.res,
+            query_labels=False,
+            device=self.device,
+            memory_gb=FEATURES_GB,
+        )
 
     def score(self, seed: int, indices: Sequence[int]) -> list[EpisodeScore]:
         """Episodes of a seed, each counted at the size that the protocol says."""

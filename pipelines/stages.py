@@ -154,12 +154,13 @@ class ReadStored:
 
     def _read(self, units: Sequence[Unit]) -> Iterator[dict[str, Any]]:
         store = _opened(self.url, self.fingerprint)
-        number = {(sample.sample_id, sample.view): row for row, sample in enumerate(store.samples)}
         for unit in units:
-            rows = [number[row[:2]] for row in unit.rows]
+            found = store.samples.find([row.sample_id for row in unit.rows], [row.view for row in unit.rows])
+            rows = [row for row in found if row is not None]
+            assert len(rows) == len(unit.rows)
             reasons = {slot: store.quarantined.get(row[:2]) for slot, row in enumerate(unit.rows)}
             bad = {slot: reason for slot, reason in reasons.items() if reason is not None}
-            sizes = np.array([store.sizes[row] for row in rows])
+            sizes = store.sizes[rows]
             yield _loaded(unit, bad, np.nan_to_num(store.read(rows)), sizes, [])
 
     def readable(self, row: Row) -> bool:
@@ -169,8 +170,7 @@ class ReadStored:
     def stamps(self, rows: Sequence[Row]) -> list[str]:
         """See Read. The same as the store's: what changes there has to be computed again here."""
         store = _opened(self.url, self.fingerprint)
-        found = {sample[:2]: stamp for sample, stamp in zip(store.samples, store.stamps, strict=True)}
-        return [found.get(row[:2], "") for row in rows]
+        return [stamp or "" for stamp in store.stamps([row.sample_id for row in rows], [row.view for row in rows])]
 
 
 @functools.cache

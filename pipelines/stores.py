@@ -112,13 +112,14 @@ def without_quarantined(images: Mapping[str, T], stores: Iterable[FeatureStore |
 def check_images(images: Iterable[str], view: int, *opened: FeatureStore) -> None:
     """Raise UserError if a store lacks one of the images under a view, or was computed from another photograph than the
     first."""
-    stamps = [dict(zip((row[:2] for row in store.samples), store.stamps, strict=True)) for store in opened]
-    for image_id in images:
-        for store, known in zip(opened, stamps, strict=True):
+    images = list(images)
+    stamps = [store.stamps(images, [view] * len(images)) for store in opened]
+    for image_id, *of_stores in zip(images, *stamps, strict=True):
+        for store, stamp in zip(opened, of_stores, strict=True):
             command = f"`python -m pipelines.{COMMANDS[store.fingerprint.feature]}"
-            if (image_id, view) not in known:
+            if stamp is None:
                 raise UserError(f"{store.url}: image {image_id!r} is not in it; run {command}`, which adds it")
-            if not same_file(known[image_id, view], stamps[0][image_id, view], moved=True):
+            if not same_file(stamp, of_stores[0], moved=True):
                 raise UserError(
                     f"{store.url}: image {image_id!r} is another photograph than in {opened[0].url}; run {command} "
                     "--refresh`"
@@ -127,8 +128,8 @@ def check_images(images: Iterable[str], view: int, *opened: FeatureStore) -> Non
 
 def sizes_of(store: FeatureStore, images: Iterable[str]) -> dict[str, tuple[int, int]]:
     """(width, height) that photographs had when they were encoded."""
-    sizes = {row.sample_id: size for row, size in zip(store.samples, store.sizes, strict=True)}
-    return {image_id: sizes[image_id] for image_id in images if image_id in sizes}
+    rows = store.samples.of_images(images)
+    return {store.samples[row].sample_id: (int(w), int(h)) for row, (w, h) in zip(rows, store.sizes[rows], strict=True)}
 
 
 def check_weights(store: FeatureStore, digest: str) -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -149,12 +149,12 @@ class Run:
         if self._said:
             self.keep()
 
-    def end(self, ok: bool = True) -> bool:
-        """Send the rest and mark the run finished or failed. Whether all was sent."""
+    def end(self, status: str = "FINISHED") -> bool:
+        """Send the rest and say how the run ended. Whether all was sent."""
         kept = self.outbox.waiting() if self.outbox else []
         if self.outbox and self.run_id in kept and not self.unsent:  # a worker's
             self.unsent = self.outbox.read(self.run_id)
-        self.unsent.status = "FINISHED" if ok else "FAILED"
+        self.unsent.status = status
         self.flush(at_once=True)
         if self.outbox and (self.unsent or self.run_id in kept):
             self.outbox.write(self.unsent)
@@ -210,9 +210,10 @@ def running(tracking_uri: str, about: About, run_id: str | None = None, outbox: 
         deliver(tracking_uri, outbox)
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
         with suppress(StoreError):  # what went wrong first is what counts
-            run.end(ok=run.unsent.status == "FINISHED")
+            done = run.unsent.status == "FINISHED"
+            run.end("FINISHED" if done else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     run.end()
 
@@ -312,6 +313,14 @@ def tag_models(server: MlflowClient, trained_by: str) -> None:
             key, value = f"{measure} {run.data.tags[TEST]}", f"{run.data.metrics[measure]:.4f}"
             for version in versions:
                 server.set_model_version_tag(version.name, version.version, key, value)
+
+
+def nest(parent: Run, run_ids: Iterable[str]) -> None:
+    """Put runs that were begun by themselves below one that sums them up; those that its server knows."""
+    for run_id in run_ids:
+        with _answering(parent.tracking_uri):
+            if _knows(parent.client, run_id):
+                parent.client.set_tag(run_id, mlflow_tags.MLFLOW_PARENT_RUN_ID, parent.run_id)
 
 
 def runs(tracking_uri: str, pipeline: str) -> list[dict[str, Any]]:

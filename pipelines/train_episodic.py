@@ -1,6 +1,7 @@
 """Episodic training (Sec. 3.4.3): late and embedding stores in, a segmenter's checkpoint out.
 
     python -m pipelines.train_episodic --fold 1
+    python -m pipelines.train_episodic --fold all
 
 Each step takes episodes that depend on (seed, fold, index) alone, reads their cached features, and trains everything
 but encoder and adapter with Dice + BCE on prior and final mask. A killed run resumes from its last checkpoint.
@@ -23,7 +24,7 @@ from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
 from fsdino.weights import weights_digest
 from pipelines import checkpoints, datasets, stores
-from pipelines.checks import Fold, Place, Weights, check_batch
+from pipelines.checks import FoldOrAll, Place, Weights, check_batch
 from pipelines.cli import main
 from pipelines.recipes import (
     RECIPES,
@@ -57,8 +58,8 @@ class Settings:
     episodic: Episodic
     workers: Workers
     device: Device
-    fold: Fold
-    """The fold whose classes are kept for the test: 0 to 3."""
+    fold: FoldOrAll
+    """The fold whose classes are kept for the test, 0 to 3; all: each of them, at once where the cluster has room."""
     name: str = ""
     """Name of the run and its folder; if empty, fold{FOLD}-{VARIANT} and whatever flags changed in the recipe."""
     adapter_checkpoint: Place | None = None
@@ -68,14 +69,29 @@ class Settings:
     register: bool = True
     """Register the trained model in MLflow, from where it can be loaded and served (pipelines/registry.py)."""
     model_name: str = ""
-    """Name under which MLflow registers the model; if empty, fsdino-DATASET-fold{FOLD}."""
+    """Name under which MLflow registers the model; if empty, fsdino-DATASET-fold{FOLD}. With all folds, -fold{FOLD} is
+    added."""
+
+
+Plan = tuple[RunFolder, "Callable[[], EpisodicJob]"]
+"""A run, and what reads the first weights and makes its job."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Check stores, fold and adapter, then train on Ray Train; a finished run just prints its result."""
     if {"/", ":"} & set(settings.model_name):
         raise UserError(f"--model-name {settings.model_name}: expected a name without / and :")
-    run, job_of_run = planned(settings)
+    if settings.fold == "all":
+        from pipelines import all_folds
+
+        return all_folds.train(settings, range(len(datasets.dataset_of(settings.places).folds)))
+    plan = planned(settings, settings.fold)
+    return result_of(settings, settings.fold, plan[0], trained(settings, plan))
+
+
+def trained(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """Train what is planned, if it is not finished. The published checkpoint's record."""
+    run, job_of_run = plan
     record = run.finished(settings.places.tracking_uri)
     if record is None:
         images, steps = run.identity["base_images"], run.identity["steps"]
@@ -84,25 +100,30 @@ def job(settings: Settings) -> dict[str, Any]:
 
         training.train(run, episodic_loop.loop, job_of_run(), settings.places, settings.workers, settings.device)
         record = checkpoints.read_record(run.final, "segmenter")
+    return record
+
+
+def result_of(settings: Settings, fold: int, run: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
+    """What the command prints of a trained fold, whose model is registered first."""
     return {
         "checkpoint": run.final,
-        "fold": settings.fold,
+        "fold": fold,
         "variant": settings.model.variant,
         "steps": run.identity["steps"],
         **record["training"],
-        "model": registered(settings, run, record),
+        "model": registered(settings, fold, run, record),
         **({} if settings.episodic.select_on == "none" else {"best": f"{run.url}/best"}),
     }
 
 
-def planned(settings: Settings) -> "tuple[RunFolder, Callable[[], EpisodicJob]]":
-    """What is to be trained, checked and opened: the run, and what reads the first weights and makes its job."""
+def planned(settings: Settings, fold: int) -> Plan:
+    """What is to be trained, checked and opened."""
     places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
     check_batch(episodic.batch, settings.workers.workers, episodic.accumulate)
     dataset = datasets.dataset_of(places)
     rules = datasets.rules_of(settings.benchmark, dataset)
-    held_out = held_out_classes(settings, dataset)
-    listed = datasets.listing(dataset, rules, settings.fold, "train", settings.benchmark.pairs, held_out)
+    held_out = held_out_classes(settings, fold, dataset)
+    listed = datasets.listing(dataset, rules, fold, "train", settings.benchmark.pairs, held_out)
     late = stores.open_encoded(places, dataset.name, "late", backbone, backbone.res)
     early = None
     if model.adapter == "joint":
@@ -121,26 +142,26 @@ def planned(settings: Settings) -> "tuple[RunFolder, Callable[[], EpisodicJob]]"
     query = early
     if query is None:
         query = stores.open_embedding(places, dataset.name, adapter.digest, backbone, late)
-    images = datasets.usable(dataset, rules, settings.fold, "train", listed, (late, query))
+    images = datasets.usable(dataset, rules, fold, "train", listed, (late, query))
     sampler = datasets.sampler_of(
         images,
         rules,
         shots=episodic.train_shots,
-        fold=settings.fold,
+        fold=fold,
         seed=settings.workers.seed,
         training=True,
         num_views=backbone.num_views,
         balance=episodic.balance,
         flip=episodic.flip,
     )
-    validation = validation_sampler(settings, dataset, rules, (late, query), held_out)
+    validation = validation_sampler(settings, fold, dataset, rules, (late, query), held_out)
     steps = episodic.steps or max(1, episodic.epochs * len(sampler) // episodic.batch)
     shape = SegmenterShape(adapter.in_channels, late.fingerprint.channels, late.fingerprint.grid, adapter.out_channels)
     origin: dict[str, Any] = {
         "recipe": settings.recipe,
         "dataset": dataset.name,
         "protocol": rules.name,
-        "fold": settings.fold,
+        "fold": fold,
         "base_images": len(sampler.images),
         "held_out_classes": [dataset.class_names[c - 1] for c in held_out],
         "training_list": dataset.list_digest("train"),
@@ -165,7 +186,7 @@ def planned(settings: Settings) -> "tuple[RunFolder, Callable[[], EpisodicJob]]"
     )
     run = RunFolder(
         folder=checkpoints.run_folder(places, dataset.name, backbone),
-        name=settings.name or title(settings),
+        name=_of_fold(settings, settings.name, fold) or title(settings, fold),
         pipeline="train",
         dataset=dataset.name,
         checkpoint="segmenter",
@@ -198,12 +219,13 @@ def planned(settings: Settings) -> "tuple[RunFolder, Callable[[], EpisodicJob]]"
     return run, job_of_run
 
 
-def registered(settings: Settings, run: RunFolder, record: dict[str, Any]) -> str | None:
+def registered(settings: Settings, fold: int, run: RunFolder, record: dict[str, Any]) -> str | None:
     """The version of the registered model that the run became, NAME/VERSION; unless --no-register, it is made first."""
     begun = run.begun()
     assert begun is not None
     known = begun.get("registered")
-    name = settings.model_name or (known or f"fsdino-{run.dataset}-fold{settings.fold}").split("/")[0]
+    own = _of_fold(settings, settings.model_name, fold)
+    name = own or (known or f"fsdino-{run.dataset}-fold{fold}").split("/")[0]
     if settings.register and (known is None or known.split("/")[0] != name):
         from pipelines import registry
 
@@ -211,6 +233,11 @@ def registered(settings: Settings, run: RunFolder, record: dict[str, Any]) -> st
         known = registry.register(uri, begun["run_id"], run.final, record, name, run.dataset) or known
         run.write(begun["run_id"], begun["closed"], known)
     return known
+
+
+def _of_fold(settings: Settings, name: str, fold: int) -> str:
+    """A name of one's own, for one of several folds."""
+    return f"{name}-fold{fold}" if name and settings.fold == "all" else name
 
 
 def decisive(episodic: Episodic) -> dict[str, Any]:
@@ -228,19 +255,20 @@ def idle(episodic: Episodic) -> frozenset[str]:
     return frozenset(f"episodic.{name}" for name in names)
 
 
-def held_out_classes(settings: Settings, dataset: Dataset) -> list[int]:
+def held_out_classes(settings: Settings, fold: int, dataset: Dataset) -> list[int]:
     """Base classes that validate. Raises UserError if no others would be left to train."""
     if settings.episodic.select_on != "base":
         return []
-    base, wanted = dataset.folds.base(settings.fold), settings.episodic.validation_classes
+    base, wanted = dataset.folds.base(fold), settings.episodic.validation_classes
     if wanted >= len(base):
         raise UserError(f"--validation-classes {wanted}: expected fewer than the {len(base)} base classes")
-    drawn = np.random.default_rng([settings.workers.seed, settings.fold]).choice(base, wanted, replace=False)
+    drawn = np.random.default_rng([settings.workers.seed, fold]).choice(base, wanted, replace=False)
     return sorted(int(class_id) for class_id in drawn)
 
 
 def validation_sampler(
     settings: Settings,
+    fold: int,
     dataset: Dataset,
     rules: Protocol,
     opened: Sequence[FeatureStore],
@@ -252,20 +280,20 @@ def validation_sampler(
         return None
     split: Split = "train" if on == "base" else "val"
     pairs = settings.benchmark.pairs
-    listed = datasets.listing(dataset, rules, settings.fold, split, pairs, held_out, validating=on == "base")
-    images = datasets.usable(dataset, rules, settings.fold, split, listed, opened)
+    listed = datasets.listing(dataset, rules, fold, split, pairs, held_out, validating=on == "base")
+    images = datasets.usable(dataset, rules, fold, split, listed, opened)
     return datasets.sampler_of(
         images,
         rules,
         shots=settings.episodic.train_shots,
-        fold=settings.fold,
+        fold=fold,
         seed=settings.workers.seed,
         training=False,
         test_view=rules.test_view if on == "novel" else PLAIN,
     )
 
 
-def title(settings: Settings) -> str:
+def title(settings: Settings, fold: int) -> str:
     """The run's name: fold, model, and what else flags changed in the recipe."""
     recipe = RECIPES[settings.recipe]()
     # How a test is scored makes no other model.
@@ -279,7 +307,7 @@ def title(settings: Settings) -> str:
         words.append(f"seed-{settings.workers.seed}")
     if settings.device.train_precision != recipe.device.train_precision:
         words.append(settings.device.train_precision)
-    return "-".join([model_run(settings.fold, settings.model, settings.recipe), *words])
+    return "-".join([model_run(fold, settings.model, settings.recipe), *words])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -25,7 +27,7 @@ from feature_store.storage import open_folder
 from feature_store.urls import absolute, filesystem, local_path
 from fsdino import paper
 from fsdino.errors import Fault, first_line
-from pipelines import cluster, heap, tracking
+from pipelines import cluster, heap, stopping, tracking
 from pipelines.outbox import Outbox
 from pipelines.outcome import EXPECTED, ClusterFault, Outcome
 from pipelines.progress import Progress, shown
@@ -33,6 +35,9 @@ from pipelines.recipes import Device, Places, Workers
 from pipelines.runs import RunFolder
 
 MAX_WORKER_FAILURES = 3
+FEWER = "lower --workers or --worker-cpus, or use --no-gpu"
+GRACEFULLY = "after the next steps, which are kept"
+GATHER_EVERY = 10  # steps whose losses stay on the device, and between looks at requests to stop
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,17 @@ class Worker:
         """Say where the loop is, for the progress bar; from rank 0."""
         if self.run:
             self.progress.tell.remote(title, done, total)
+
+    def wishes(self, checkpointed: float) -> tuple[bool, bool]:
+        """Whether the loop is asked to stop, and whether a checkpoint is due by the minutes since `checkpointed`
+        (time.monotonic); rank 0 says, and every worker must call it."""
+
+        def asked() -> tuple[float, ...]:
+            minutes, since = self.settings.checkpoint_minutes, time.monotonic() - checkpointed
+            return ray.get(self.progress.stopping.remote()), minutes is not None and since >= 60 * minutes
+
+        stop, due = from_rank_0(asked)
+        return bool(stop), bool(due)
 
     def mean(self, value: Tensor) -> Tensor:
         """A number's mean over all workers, on this one's device; every worker must call it."""
@@ -79,20 +95,20 @@ def train(
     """Run `loop(job, worker)` on Ray Train in the run's folder, or resume the run that was interrupted there.
 
     The loop publishes the run's `final` checkpoint as soon as it is trained. Raises the loop's own UserError,
-    StoreError or Fault, ClusterFault, and StoreError if another job trains there; a worker that dies, or whose place
-    fails, is replaced three times at most.
+    StoreError or Fault, ClusterFault, StoreError if another job trains there, and Stopped if a signal asked for it; a
+    worker that dies, or whose place fails, is replaced three times at most.
     """
-    resources = {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if device.gpu else {})
-    cluster.connect(
-        {kind: each * workers.workers for kind, each in resources.items()},
-        f"{workers.workers} workers of {' and '.join(f'{each:g} {kind}' for kind, each in resources.items())}",
-        "lower --workers or --worker-cpus" + (", or use --no-gpu" if device.gpu else ""),
-    )
+    each = _of_worker(workers, device)
+    what = f"{workers.workers} workers of {' and '.join(f'{amount:g} {kind}' for kind, amount in each.items())}"
+    cluster.connect(resources(workers, device), what, FEWER)
     cluster.check_shared([run_folder.url])
     with locked(open_folder(run_folder.url)) as lock:
         begun = run_folder.begun()
         run_id = begun["run_id"] if begun else None
-        with tracking.running(places.tracking_uri, run_folder.about, run_id, run_folder.outbox) as run:
+        with (
+            tracking.running(places.tracking_uri, run_folder.about, run_id, run_folder.outbox) as run,
+            stopping.graceful(GRACEFULLY),
+        ):
             run_folder.write(run.run_id)
             progress = Progress.remote()  # type: ignore[attr-defined]
             task = Task(
@@ -109,10 +125,21 @@ def train(
             _fit(
                 run_folder,
                 task,
-                ScalingConfig(num_workers=workers.workers, use_gpu=device.gpu, resources_per_worker=resources),
+                ScalingConfig(num_workers=workers.workers, use_gpu=device.gpu, resources_per_worker=each),
             )
+            if not run_folder.published:
+                stopping.check()
         lock.check()
         run_folder.write(run.run_id, closed=not run.unsent)
+
+
+def resources(workers: Workers, device: Device) -> dict[str, float]:
+    """What a training asks of the cluster."""
+    return {kind: amount * workers.workers for kind, amount in _of_worker(workers, device).items()}
+
+
+def _of_worker(workers: Workers, device: Device) -> dict[str, float]:
+    return {"CPU": workers.worker_cpus} | ({"GPU": 1.0} if device.gpu else {})
 
 
 def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
@@ -128,14 +155,14 @@ def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
             storage_path=storage_path,
             storage_filesystem=storage_filesystem,
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=task.workers.checkpoints_kept),
         ),
     )
     progress = task.progress
     with shown(progress):
         try:
             with cluster.faults():
-                trainer.fit()
+                _in_a_thread(trainer.fit)
         except ClusterFault:
             raise
         except Exception as error:
@@ -143,6 +170,25 @@ def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
             _raise_fault(error)
             raise
         _lasting(ray.get(progress.outcome.remote())).get()
+
+
+def _in_a_thread(work: Callable[[], object]) -> None:
+    """Do work beside this thread, which stays free for signals: Ray Train would take them over in the main one."""
+    failed: list[BaseException] = []
+
+    def caught() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=caught, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+        stopping.check_insisted()
+    for error in failed:
+        raise error
 
 
 def _raise_fault(error: Exception) -> None:

@@ -43,7 +43,7 @@ def episode(loader):
 
 
 def number(loader, image_id):
-    return loader.late.row_numbers([image_id], [0])[0]
+    return loader.late.source.row_numbers([image_id], [0])[0]
 
 
 def test_features_and_labels_are_those_of_the_episodes_images(loader, episode):

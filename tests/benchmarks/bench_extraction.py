@@ -139,7 +139,7 @@ def main(settings: Settings) -> None:
     actors, threads = recipe.extraction.actors, max(1, int(recipe.extraction.actor_cpus))
     sources = [str(p) for p in sorted((settings.data / "JPEGImages").glob("*.jpg"))[: settings.images]]
     rows = [Row(Path(source).stem, 0, source) for source in sources]
-    cluster.connect()
+    cluster.connect({"CPU": actors * recipe.extraction.actor_cpus}, f"{actors} actors", "name another recipe")
     rates: dict[str, list[float]] = {"bare loop": [], "extraction": [], "extraction that writes nothing": []}
     starts, written = [], 0
     for _ in range(settings.rounds):

@@ -69,7 +69,7 @@ def fed_table(settings: Settings) -> list[str]:
     flags = ["--recipe", settings.recipe, "--data", settings.data, "--store", settings.store]
     flags += ["--out", settings.runs, "--fold", settings.fold, "--name", "bench"]
     chosen = parse(train_episodic.Settings, [*map(str, flags)])
-    job = train_episodic.planned(chosen)[1]()
+    job = train_episodic.planned(chosen, settings.fold)[1]()
     worker = training.Worker(torch.device("cpu"), 0, 1, "", chosen.device.train_precision, chosen.workers, None, None)
     step = stepper(episodic_loop.build_segmenter(job), worker)
     loader = EpisodeLoader(job.dataset, job.late, job.query, job.late.fingerprint.view_seed, job.label_px)

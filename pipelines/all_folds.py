@@ -1,0 +1,88 @@
+"""Training of all folds: runs below one that sums them up, as many at once as the cluster has room for."""
+
+import statistics
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from fsdino.errors import first_line
+from pipelines import checkpoints, cluster, stopping, tracking, train_episodic, training
+from pipelines.runs import RunFolder, flat
+
+MEASURES = ("loss", "best_val_miou", "seconds_per_step")
+Trained = dict[int, dict[str, Any]]
+
+
+def train(settings: train_episodic.Settings, folds: range) -> dict[str, Any]:
+    """Train, or resume, every fold; a fold that fails stops no other, and its error is raised at the end."""
+    plans = {fold: train_episodic.planned(settings, fold) for fold in folds}
+    runs = {fold: run for fold, (run, _) in plans.items()}
+    above, uri = parent(settings, runs), settings.places.tracking_uri
+    begun = above.begun()
+    records = {fold: run.finished(uri) for fold, run in runs.items()} if begun and begun["closed"] else {}
+    if not records or None in records.values():
+        need = training.resources(settings.workers, settings.device)
+        cluster.connect(need, "a fold", training.FEWER)
+        at_once = int(min(ray.cluster_resources()[kind] // amount for kind, amount in need.items()))
+        about = replace(above.about, tags={tracking.SUMMARY: "folds"})
+        with (
+            tracking.running(uri, about, begun["run_id"] if begun else None, above.outbox) as run,
+            stopping.graceful(training.GRACEFULLY),
+        ):
+            above.write(run.run_id)
+            tracking.nest(run, [begun["run_id"] for begun in (of.begun() for of in runs.values()) if begun])
+            nested = {fold: (replace(of, parent=run.run_id), job) for fold, (of, job) in plans.items()}
+            records = _at_once(settings, nested, max(1, at_once))
+            run.log(0, **summary(records))
+        above.write(run.run_id, closed=not run.unsent)
+    results = {str(f): train_episodic.result_of(settings, f, runs[f], records[f] or {}) for f in folds}
+    return {"run": above.url, "folds": results, **summary(records)}
+
+
+def parent(settings: train_episodic.Settings, runs: Mapping[int, RunFolder]) -> RunFolder:
+    """The run above: what its folds share, and what tells whether they are the same."""
+    leaves = [flat(run.identity) for run in runs.values()]
+    shared = {key: value for key, value in leaves[0].items() if all(of.get(key) == value for of in leaves)}
+    first = runs[0]
+    return replace(
+        first,
+        name=settings.name or first.name.replace("fold0", "all-folds", 1),
+        identity={**shared, "folds": [checkpoints.short_digest(run.identity) for run in runs.values()]},
+        inputs=(),
+    )
+
+
+def summary(records: Mapping[int, dict[str, Any] | None]) -> dict[str, float]:
+    """Means over folds, and standard deviations, of what every fold reports."""
+    reports = [record["training"] for record in records.values() if record]
+    found: dict[str, float] = {}
+    for name in MEASURES:
+        values = [report[name] for report in reports if name in report]
+        if len(values) == len(records) > 1:
+            found |= {name: statistics.fmean(values), f"{name}_std": statistics.stdev(values)}
+    return found
+
+
+def _at_once(
+    settings: train_episodic.Settings, plans: "Mapping[int, train_episodic.Plan]", at_once: int
+) -> dict[int, dict[str, Any] | None]:
+    """Each fold's record. Raises the first error when all have ended, and Stopped."""
+    pool = ThreadPoolExecutor(at_once)
+    pending: dict[int, Future[dict[str, Any]]] = {
+        fold: pool.submit(train_episodic.trained, settings, plan) for fold, plan in plans.items()
+    }
+    while wait(pending.values(), timeout=0.2).not_done:
+        if stopping.asked():
+            pool.shutdown(wait=False, cancel_futures=True)
+    pool.shutdown()
+    stopping.check()
+    errors = {fold: error for fold, of in pending.items() if (error := of.exception()) is not None}
+    for fold, error in errors.items():
+        print(f"fold {fold} failed: {first_line(error)}", file=sys.stderr)
+    for error in errors.values():
+        raise error
+    return {fold: of.result() for fold, of in pending.items()}
