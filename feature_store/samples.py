@@ -46,12 +46,12 @@ class Samples(Sequence[Row]):
         keys = zip(sample_ids, views, strict=True)
         return [found if (found := self._found.get(key)) is not None else self._find(key) for key in keys]
 
-    def of_images(self, sample_ids: Iterable[str]) -> np.ndarray:
+    def of_images(self, sample_ids: Iterable[str]) -> list[int]:
         """Row numbers of images under all their views, ascending."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        return np.flatnonzero(pc.is_in(self._ids, value_set=pa.array(set(sample_ids), pa.string())))
+        return np.flatnonzero(pc.is_in(self._ids, value_set=pa.array(set(sample_ids), pa.string()))).tolist()
 
     def _find(self, key: tuple[str, int]) -> int | None:
         at = bisect_left(range(len(self)), key, key=self._nth)

@@ -19,6 +19,7 @@ from pipelines.recipes import Device
 
 if TYPE_CHECKING:
     import torch
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def connect(wanted: Mapping[str, float], job: str, cure: str) -> None:
@@ -50,27 +51,30 @@ def connect(wanted: Mapping[str, float], job: str, cure: str) -> None:
         check(ray.cluster_resources())
 
 
+def on(node: str | None = None) -> "NodeAffinitySchedulingStrategy":
+    """Where an actor or task runs: on the driver's own node, or on that one."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def check_shared(places: Sequence[str]) -> None:
     """Raise UserError if a path is not the same folder on every node: what a worker writes would be lost to the others.
 
     The driver writes a file there, and a task on each other node looks for it.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = ray.get_runtime_context().get_node_id()
     others = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    others.pop(here, None)
+    others.pop(ray.get_runtime_context().get_node_id(), None)
     look = ray.remote(num_cpus=0)(_sees)
     for path in filter(None, map(local_path, places)) if others else ():
         probe = Path(path) / f"probe-{uuid.uuid4().hex}"
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         try:
-            asked = [
-                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
-                for node in others
-            ]
+            asked = [look.options(scheduling_strategy=on(node)).remote(str(probe)) for node in others]
             with faults():
                 seen = ray.get(asked)
         finally:

@@ -71,7 +71,7 @@ class Distiller:
         self.model = ray.train.torch.prepare_model(self.adapter)
         stores, of = (job.teacher, *job.early), worker.settings
         opened = feeds(stores, worker.device, of.cache_memory_gb, of.cache_device_gb)
-        self._feeds = {store.url: feed for store, feed in zip(stores, opened, strict=True) if feed}
+        self._feeds = {store.url: feed for store, feed in zip(stores, opened, strict=True)}
 
     def stage(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """Train at one resolution from `state`; returns the state that the next stage starts from, None if it was

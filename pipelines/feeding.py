@@ -99,13 +99,13 @@ class Feed:
 
 
 def feeds(
-    sources: Sequence[Features | None], device: torch.device = CPU, memory_gb: float = 0, device_gb: float = 0
-) -> list[Feed | None]:
+    sources: Sequence[Features], device: torch.device = CPU, memory_gb: float = 0, device_gb: float = 0
+) -> list[Feed]:
     """A feed for each source; they share the memory by the size of their samples."""
     sizes = [source.sample_bytes if isinstance(source, FeatureStore) else 0 for source in sources]
     shares = [size / max(1, sum(sizes)) for size in sizes]
     return [
-        None if source is None else Feed(source, device, int(share * memory_gb * GB), int(share * device_gb * GB))
+        Feed(source, device, int(share * memory_gb * GB), int(share * device_gb * GB))
         for source, share in zip(sources, shares, strict=True)
     ]
 

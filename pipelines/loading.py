@@ -46,7 +46,9 @@ class EpisodeLoader:
     ):
         self.dataset, self.label_px, self.device = dataset, label_px, device
         self.view_seed, self.query_labels, self.void_is_background = view_seed, query_labels, void_is_background
-        self.late, self.query = feeds((late, query), device, memory_gb, device_gb)
+        sources = (late,) if query is None else (late, query)
+        self.late, *others = feeds(sources, device, memory_gb, device_gb)
+        self.query = others[0] if others else None
         self._masks: Kept[tuple[str, int, int]] = Kept(int(MASKS_GB * GB), device if device_gb else CPU)
 
     def load(self, episodes: Sequence[Episode]) -> EpisodeBatch:
@@ -54,7 +56,6 @@ class EpisodeLoader:
         ids = [[e.query, *e.supports] for e in episodes]
         flat_ids, flat_views = [i for row in ids for i in row], [v for e in episodes for v in e.views]
         flips = torch.tensor([e.flips for e in episodes])
-        assert self.late is not None
         late = self.late.rows(flat_ids, flat_views).unflatten(0, flips.shape)
         query_input = None
         if self.query is not None:

@@ -12,6 +12,7 @@ from fsdino import paper
 from fsdino.config import SegmenterConfig
 from fsdino.kinds import Kind
 from pipelines.checks import (
+    MANY,
     Cores,
     Count,
     Few,
@@ -152,6 +153,8 @@ class Workers:
     """Also a checkpoint when so many minutes have passed since the last one."""
     checkpoints_kept: Annotated[int, Range(2, 4096)] = 2
     """The most recent checkpoints of a run are kept, so many."""
+    worker_failures: Annotated[int, Range(0, MANY)] = 3
+    """How often a worker that dies, or whose data fails, is replaced; the new one resumes from the last checkpoint."""
     seed: Seed = 0
     """Seed of initialisation and of the order of samples."""
 

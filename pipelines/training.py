@@ -34,7 +34,6 @@ from pipelines.progress import Progress, shown
 from pipelines.recipes import Device, Places, Workers
 from pipelines.runs import RunFolder
 
-MAX_WORKER_FAILURES = 3
 FEWER = "lower --workers or --worker-cpus, or use --no-gpu"
 GRACEFULLY = "after the next steps, which are kept"
 GATHER_EVERY = 10  # steps whose losses stay on the device, and between looks at requests to stop
@@ -96,7 +95,7 @@ def train(
 
     The loop publishes the run's `final` checkpoint as soon as it is trained. Raises the loop's own UserError,
     StoreError or Fault, ClusterFault, StoreError if another job trains there, and Stopped if a signal asked for it; a
-    worker that dies, or whose place fails, is replaced three times at most.
+    worker that dies, or whose place fails, is replaced as often as the settings say.
     """
     each = _of_worker(workers, device)
     what = f"{workers.workers} workers of {' and '.join(f'{amount:g} {kind}' for kind, amount in each.items())}"
@@ -110,7 +109,8 @@ def train(
             stopping.graceful(GRACEFULLY),
         ):
             run_folder.write(run.run_id)
-            progress = Progress.remote()  # type: ignore[attr-defined]
+            # On the driver's node, as Ray Train's controller: a lost node must not take it along.
+            progress = Progress.options(scheduling_strategy=cluster.on()).remote()  # type: ignore[attr-defined]
             task = Task(
                 loop=loop,
                 job=job,
@@ -154,7 +154,7 @@ def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
             name=run_folder.name,
             storage_path=storage_path,
             storage_filesystem=storage_filesystem,
-            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            failure_config=FailureConfig(max_failures=task.workers.worker_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=task.workers.checkpoints_kept),
         ),
     )

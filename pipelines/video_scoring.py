@@ -75,15 +75,13 @@ def _video(scorer: Scorer, dataset: DavisDataset, video: Video) -> dict[str, tup
     drawn = [loader.mask(video.frames[0], plan.rules.test_view, class_id) == 1 for class_id in video.objects]
     masks = torch.from_numpy(np.array(drawn)).float().to(scorer.device)
     supports = Supports(plan, late, masks)
-    encodings = None
+    encodings = [scorer.method.encode(*supports.of(i)) for i in range(len(video.objects))]
     found: dict[str, tuple[list[float], list[float]]] = {dataset.class_names[c - 1]: ([], []) for c in video.objects}
     step = 1 if plan.memory else BATCH
     frames = video.frames[1:-1]
     for at in range(0, len(frames), step):
         part = frames[at : at + step]
         features, query = _features(scorer, part)
-        if encodings is None or plan.memory:
-            encodings = [scorer.method.encode(*supports.of(i)) for i in range(len(video.objects))]
         found_by = [scorer.method.segment(encoding, features, query).mask_logits[:, 0] for encoding in encodings]
         logits = torch.stack(found_by, 1).float()
         for position, frame in enumerate(part):
@@ -98,11 +96,11 @@ def _video(scorer: Scorer, dataset: DavisDataset, video: Video) -> dict[str, tup
                 f.append(boundary_f(owner == number, truth))
             if plan.masks:
                 _save(Path(plan.masks), frame, owner)
-            if plan.memory:
-                if confident(large, owner, plan.memory_confidence):
-                    own = [(owner == number).astype(np.uint8) for number in range(1, len(large) + 1)]
-                    shown = np.array([view.label(mask, masks.shape[-1]) == 1 for mask in own])
-                    supports.add(features[position], torch.from_numpy(shown).float().to(scorer.device))
+            if plan.memory and confident(large, owner, plan.memory_confidence):
+                own = [(owner == number).astype(np.uint8) for number in range(1, len(large) + 1)]
+                shown = np.array([view.label(mask, masks.shape[-1]) == 1 for mask in own])
+                supports.add(features[position], torch.from_numpy(shown).float().to(scorer.device))
+                encodings = [scorer.method.encode(*supports.of(i)) for i in range(len(video.objects))]
     return found
 
 
@@ -115,13 +113,9 @@ def confident(logits: np.ndarray, owner: np.ndarray, least: float) -> bool:
 
 def _features(scorer: Scorer, frames: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     """Late features of frames, and what queries bring besides."""
-    views = [scorer.job.rules.test_view] * len(frames)
-    loader = scorer.loader
-
-    def read(features: Any) -> Tensor:
-        return torch.from_numpy(features.rows(list(frames), views)).movedim(-1, 1).to(scorer.device, torch.float32)
-
-    return read(loader.late), None if loader.query is None else read(loader.query)
+    views, loader = [scorer.job.rules.test_view] * len(frames), scorer.loader
+    query = None if loader.query is None else loader.query.rows(frames, views).float()
+    return loader.late.rows(frames, views).float(), query
 
 
 def _save(folder: Path, frame: str, owner: np.ndarray) -> None:

@@ -113,4 +113,3 @@ def test_a_store_that_fits_is_read_once_and_the_memory_is_shared_by_size(store, 
         feed.rows(every, [0] * ROWS)
     monkeypatch.setattr(store, "read", None)
     assert np.array_equal(small.rows(["7"], [0]), large.rows(["7"], [0]))
-    assert feeds((store, None), CPU)[1] is None

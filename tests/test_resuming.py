@@ -71,6 +71,7 @@ def test_minutes_make_checkpoints_too(whole_run, places):
 def test_an_interrupted_training_resumes_with_other_workers_and_in_another_folder(change, whole_run, places, tmp_path):
     undisturbed, name = whole_run["4d"], f"interrupted-{change}"
     often = ["--fold", FOLD, "--checkpoint-every", 2, "--name", name]
+    often += ["--adapter-checkpoint", whole_run["distill"]["adapter"]]  # it stays where it is
     folder = Path(str(places["--out"])) / TRAINED / name
     process = start("train_episodic", *flags(places), *often)
     assert wait_for(lambda: len(checkpoints(folder)) >= 2, process)
@@ -116,7 +117,7 @@ def test_one_two_and_four_workers_have_the_same_losses(whole_run, places):
 
 @pytest.mark.slow
 def test_all_folds_train_at_once_below_a_run_that_sums_them_up(whole_run, places):
-    validation = ["--select-on", "base", "--validate-every", 10, "--validation-episodes", 8]
+    validation = ["--select-on", "base", "--validation-classes", 1, "--validate-every", 10, "--validation-episodes", 8]
     line = ["--fold", "all", "--name", "study", *validation]
     before = run("train_episodic", *flags(places), "--fold", 2, "--name", "study-fold2", *validation)
     result = run("train_episodic", *flags(places), *line)
