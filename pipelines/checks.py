@@ -42,15 +42,6 @@ class Range:
 
 
 @dataclass(frozen=True)
-class FoldRange:
-    """A fold's number, or all of them."""
-
-    def check(self, flag: str, value: int | str) -> int | str:
-        """The value. Raises UserError if it is neither."""
-        return value if isinstance(value, str) else int(Range(0, 9999).check(flag, value))
-
-
-@dataclass(frozen=True)
 class Location:
     """A path or URL that is read, or also written; a path becomes absolute, as workers have folders of their own."""
 
@@ -152,7 +143,7 @@ def checked(settings: S) -> S:
             changed[name] = checked(value)
         elif rules and isinstance(value, tuple):
             changed[name] = tuple(rules[0].check(flag, v) for v in value)
-        elif rules and value is not None:
+        elif rules and value is not None and not (isinstance(rules[0], Range) and isinstance(value, str)):
             changed[name] = rules[0].check(flag, value)
     return replace(settings, **changed)  # type: ignore[type-var]
 
@@ -189,7 +180,7 @@ Share = Annotated[float, Range(0, 1)]
 Rate = Annotated[float, Range(0, 1000, closed=False)]
 """A learning rate."""
 Fold = Annotated[int, Range(0, 9999)]
-FoldOrAll = Annotated[int | Literal["all"], FoldRange()]
+FoldOrAll = Fold | Literal["all"]
 Place = Annotated[str, Location()]
 """A path or URL that is read."""
 Output = Annotated[str, Location(written=True)]

@@ -47,9 +47,9 @@ def main(
     """
     warnings.showwarning = _note
     warnings.simplefilter("always", DataWarning)
-    stopping.raise_on_terminate()
     try:
-        result = call(settings_type, job, sys.argv[1:] if argv is None else argv)
+        with stopping.raised_on_terminate():
+            result = call(settings_type, job, sys.argv[1:] if argv is None else argv)
     except (UserError, StoreError, Fault) as error:
         _fail(error, 1 if isinstance(error, (StoreFault, Fault)) else 2)
     except (OSError, MemoryError) as error:  # a disk, a network, a memory that failed where nobody expected it

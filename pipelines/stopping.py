@@ -36,14 +36,21 @@ def check_insisted() -> None:
         raise Stopped(_asked[0])
 
 
-def raise_on_terminate() -> None:
-    """Let SIGTERM end this process as Ctrl-C does."""
+@contextmanager
+def raised_on_terminate() -> Iterator[None]:
+    """Within the block SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt."""
 
     def stop(number: int, _: Any) -> None:
         raise Stopped(number)
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

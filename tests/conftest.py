@@ -22,11 +22,9 @@ VOC = DATA / "VOCdevkit" / "VOC2012"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run commands, which share one Ray."""
+    """Mark the tests of the whole way, which share its results and one Ray."""
     for item in items:
-        function = getattr(item, "function", None)
-        called = set(function.__code__.co_names) & function.__globals__.keys() if function else set()
-        if {"run", "command", "stop_ray"} & called or "places" in getattr(item, "fixturenames", ()):
+        if "whole_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.commands)
 
 
