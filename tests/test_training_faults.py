@@ -75,6 +75,7 @@ def failed(done, *words):
 def test_a_training_onto_a_full_disk_says_so_and_resumes_when_there_is_space(whole_run, places, tmp_path):
     stop_ray()
     line = ["--fold", FOLD, "--steps", 60, "--checkpoint-every", 10, "--no-register", "--worker-failures", 0]
+    line += ["--adapter-checkpoint", whole_run["distill"]["adapter"]]
     with small_disk(tmp_path / "disk", 40) as disk:
         (disk / "ballast").write_bytes(bytes(36_000_000))
         elsewhere = flags({**places, "--out": disk / "runs"})
