@@ -186,7 +186,8 @@ def test_a_training_on_two_nodes_survives_the_loss_of_one(whole_run, places):
             join()
             assert process.wait(300) == 0
         finally:
-            kill(process)
+            with suppress(ProcessLookupError):
+                kill(process)
     result = result_of(command("train_episodic", *line, "--name", "two-nodes"))
     assert result["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     losses, status = curve(places, "two-nodes")
