@@ -3,6 +3,7 @@
     python -m pipelines.evaluate --fold 1 --shots 1
     python -m pipelines.evaluate --fold 1 --seeds 10 --protocol hsnet --method prototype
     python -m pipelines.evaluate --fold 1 --absent                     # queries that do not show the class
+    python -m pipelines.evaluate --fold 1 --ways 5                     # all classes of the fold at once
     python -m pipelines.evaluate --data DAVIS --dataset davis2017 --from-images --checkpoint CHECKPOINT --fold 0
 
 Episodes follow the protocol, whose rules stand in the result. The last line of stdout has `dataset, protocol, rules,
@@ -47,6 +48,9 @@ class Settings:
     """The fold to test: 0 to 3, or 0 where a data set has but one."""
     shots: Few = 1
     """Supports in an episode."""
+    ways: Annotated[int, Range(1, 64)] = 1
+    """Classes at once: the query's and others of the fold, each with supports; a pixel goes to the one with the largest
+    logit, or to none."""
     method: Literal["segmenter", "prototype", "two-prototype", "nearest", "matching", "peak"] = "segmenter"
     """A trained segmenter, or a method without training on the same features (docs/data.md)."""
     checkpoint: Place | None = None
@@ -130,6 +134,8 @@ def planned(settings: Settings) -> tuple[ScoringPlan, str, dict[str, Any], dict[
             training=False,
             test_view=rules.test_view,
         )
+        if settings.ways > len(sampler.by_class):
+            raise UserError(f"--ways {settings.ways}: expected at most the {len(sampler.by_class)} classes of the fold")
         lacking = sampler.lacking(dataset.class_pixels("val")) if settings.absent else None
     if isinstance(dataset, DavisDataset):
         episodes = sum(len(video.frames) - 2 for video in dataset.videos)
@@ -149,6 +155,7 @@ def planned(settings: Settings) -> tuple[ScoringPlan, str, dict[str, Any], dict[
         "lists": [dataset.list_digest("val"), images.pairs and checkpoints.short_digest(images.pairs)],
         "absent": settings.absent,
         "memory": [settings.memory, settings.memory_confidence] if settings.memory else None,
+        **({"ways": settings.ways} if settings.ways > 1 else {}),
     }
     decisive = identity(
         **told,
@@ -169,6 +176,7 @@ def planned(settings: Settings) -> tuple[ScoringPlan, str, dict[str, Any], dict[
         fold=settings.fold,
         episodes=episodes,
         device=settings.device,
+        ways=settings.ways,
         vote=testing.fusion == "vote",
         lacking=lacking,
         tasks=settings.tasks,
@@ -197,6 +205,7 @@ def check_flags(settings: Settings, video: bool) -> None:
         "--absent": settings.absent,
         "--seeds": testing.seeds > 1,
         "--shots": settings.shots > 1,
+        "--ways": settings.ways > 1,
         "--fusion": testing.fusion != "average",
         "--tasks": settings.tasks > 1,
         "--pairs": settings.benchmark.pairs is not None,
@@ -209,6 +218,8 @@ def check_flags(settings: Settings, video: bool) -> None:
         raise UserError("--memory: has no meaning but for videos; leave it out")
     if settings.memory and settings.method not in ("segmenter", "peak"):
         raise UserError(f"--memory: expected a method that gives probabilities, got {settings.method}; leave it out")
+    if settings.ways > 1 and (settings.absent or testing.fusion == "vote"):
+        raise UserError("--ways: has no meaning for absent objects, nor for votes; leave one of them out")
     if testing.seeds > 1 and (settings.panel or settings.masks):
         raise UserError("--panel, --masks: each seed would overwrite the one before; take one seed")
 

@@ -28,7 +28,7 @@ def episodes(
             run.picture(first, "panels/test.png")
             if plan.panel:
                 first.save(plan.panel)
-            if plan.lacking is None:
+            if plan.lacking is None and plan.ways == 1:
                 for name, indices in zip(("best", "worst"), scoring.extremes(found), strict=True):
                     run.picture(scorer.picture(seed, indices), f"panels/{name}.png")
     return result
@@ -89,6 +89,7 @@ def _logged(
 def _test(plan: ScoringPlan, scores: ScoreFile) -> str:
     """What kind of test it is, in a word."""
     words = ["absent"] if plan.lacking is not None else []
+    words += [f"{plan.ways}way"] if plan.ways > 1 else []
     words += ["vote"] if plan.vote and scores.identity["shots"] > 1 else []
     return "-".join([f"{scores.identity['shots']}shot", plan.rules.name, *words])
 

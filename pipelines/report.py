@@ -60,14 +60,15 @@ def gathered(settings: Settings) -> list[Group]:
     from pipelines import tables
 
     asked = {} if settings.dataset is None else {"dataset": settings.dataset}
-    found: dict[tuple[str, str, str, str, str, str], dict[str, Method]] = {}
+    found: dict[tuple[str, str, str, str, str, str, str], dict[str, Method]] = {}
     for name, method in tables.gather(settings.tracking_uri, **asked).items():
         of = method.identity
-        key = (of["dataset"], of["rules.name"], of["shots"], of["fusion"], of["episodes"], of["absent"])
+        ways, sizes = of.get("ways", "1"), (of["shots"], of["fusion"], of["episodes"])
+        key = (of["dataset"], of["rules.name"], ways, *sizes, of["absent"])
         found.setdefault(key, {})[name] = method
     return [
-        Group(dataset, protocol, shots, fusion, episodes, absent == "True", tables.named(list(methods.values())))
-        for (dataset, protocol, shots, fusion, episodes, absent), methods in sorted(found.items())
+        Group(dataset, protocol, ways, shots, fusion, episodes, absent == "True", tables.named(list(methods.values())))
+        for (dataset, protocol, ways, shots, fusion, episodes, absent), methods in sorted(found.items())
     ]
 
 

@@ -98,7 +98,7 @@ def _of(groups: Sequence[Group], name: str, shots: str, protocol: str | None = N
     """Methods on a data set, of the largest test; those that vote have rows of their own."""
     found: dict[str, Method] = {}
     for fusion, suffix in (("vote", " by vote"), ("average", ""), ("None", "")):
-        comparable = [g for g in groups if not g.absent and protocol in (None, g.protocol)]
+        comparable = [g for g in groups if not g.absent and g.ways == "1" and protocol in (None, g.protocol)]
         fitting = [g for g in comparable if (g.dataset, g.shots, g.fusion) == (name, shots, fusion)]
         if fitting:
             largest = max(fitting, key=lambda g: int(g.episodes))

@@ -128,31 +128,52 @@ class Scorer:
             return self.job.sampler.absent(index, self.job.lacking, seed)
         return self.job.sampler.episode(index, seed)
 
+    def classes(self, seed: int, index: int) -> list[Episode]:
+        """The episode of an index for each of the classes that are told apart."""
+        if self.job.ways == 1:
+            return [self.episode(seed, index)]
+        assert self.job.sampler is not None
+        return self.job.sampler.ways(index, self.job.ways, seed)
+
     def _predicted(self, seed: int, indices: Sequence[int]) -> Iterator[tuple[list[int], list[Episode], Prediction]]:
-        numbers = [list(indices[at : at + BATCH]) for at in range(0, len(indices), BATCH)]
-        drawn = [[self.episode(seed, index) for index in chunk] for chunk in numbers]
+        size = max(1, BATCH // self.job.ways)
+        numbers = [list(indices[at : at + size]) for at in range(0, len(indices), size)]
+        drawn = [[episode for index in chunk for episode in self.classes(seed, index)] for chunk in numbers]
         for chunk, batch in zip(numbers, self.loader.ahead(iter(drawn)), strict=True):
             yield chunk, list(batch.episodes), methods.predict(self.method, batch.to(self.device), self.job.vote)
 
     def _count(self, numbers: list[int], episodes: list[Episode], logits: Tensor) -> list[EpisodeScore]:
+        ways, of_all = self.job.ways, logits.float().cpu()
         with torch.inference_mode():
             return [
-                self._counted(number, episode, one)
-                for number, episode, one in zip(numbers, episodes, logits.float().cpu(), strict=True)
+                score
+                for position, number in enumerate(numbers)
+                for score in self._counted(
+                    number,
+                    episodes[position * ways : (position + 1) * ways],
+                    of_all[position * ways : (position + 1) * ways],
+                )
             ]
 
-    def _counted(self, number: int, episode: Episode, logits: Tensor) -> EpisodeScore:
-        job, rules = self.job, self.job.rules
-        view = draw_view(self.loader.view_seed, episode.query, episode.views[0])
-        label, drawn = self._truth(episode.query, episode.class_id, view)
-        extent = label.shape if rules.scored_at == "square" else view.extent(label.shape)
-        maps = enlarged(logits, extent, label.shape, rules.align_corners)
-        mask = voted(maps.numpy() > 0)
-        if job.masks:
-            name = f"{number:05d}_{episode.class_id}_{episode.query.replace('/', '_')}.png"
-            Image.fromarray(mask.astype(np.uint8) * 255).save(Path(job.masks) / name)
-        counts = count(mask, label, drawn=drawn)
-        return EpisodeScore(number, episode.class_id, episode.query, episode.supports, counts, label.size)
+    def _counted(self, number: int, episodes: Sequence[Episode], logits: Tensor) -> list[EpisodeScore]:
+        """A query's scores, one for each of its classes."""
+        job, rules, query = self.job, self.job.rules, episodes[0].query
+        view = draw_view(self.loader.view_seed, query, episodes[0].views[0])
+        truths = [self._truth(query, episode.class_id, view) for episode in episodes]
+        size = truths[0][0].shape
+        extent = size if rules.scored_at == "square" else view.extent(size)
+        if len(episodes) == 1:
+            masks = [voted(enlarged(logits[0], extent, size, rules.align_corners).numpy() > 0)]
+        else:
+            masks = told_apart(enlarged(logits[:, 0], extent, size, rules.align_corners))
+        found = []
+        for episode, mask, (label, drawn) in zip(episodes, masks, truths, strict=True):
+            if job.masks:
+                name = f"{number:05d}_{episode.class_id}_{query.replace('/', '_')}.png"
+                Image.fromarray(mask.astype(np.uint8) * 255).save(Path(job.masks) / name)
+            counts = count(mask, label, drawn=drawn)
+            found.append(EpisodeScore(number, episode.class_id, query, episode.supports, counts, label.size))
+        return found
 
     def _truth(self, image_id: str, class_id: int, view: View) -> tuple[np.ndarray, np.ndarray]:
         """A query's mask as it is scored, and its boundary; the most recent ones are kept, as a test asks for each
@@ -176,6 +197,12 @@ def enlarged(logits: Tensor, extent: tuple[int, ...], size: tuple[int, ...], ali
     return large[:, : size[0], : size[1]]
 
 
+def told_apart(logits: Tensor) -> list[np.ndarray]:
+    """Masks of n classes from their logits (n, h, w): each pixel belongs to the largest, if that is above 0."""
+    largest, owner = logits.max(0)
+    return [((owner == number) & (largest > 0)).numpy() for number in range(len(logits))]
+
+
 def voted(masks: np.ndarray) -> np.ndarray:
     """One mask of n, by HSNet's vote: pixels with at least half as many votes as the image's best pixel has."""
     if len(masks) == 1:
@@ -194,7 +221,7 @@ def score(job: ScoringPlan, seed: int) -> list[EpisodeScore]:
     with tqdm(total=episodes, unit="episode", desc=f"evaluating, seed {seed}", mininterval=5, file=sys.stderr) as bar:
         for scores in _by_actors(job, seed, chunks, tasks) if tasks > 1 else map(_scorer(job, seed), chunks):
             found += scores
-            bar.update(len(scores))
+            bar.update(len({one.episode for one in scores}))
     return sorted(found)
 
 

@@ -44,6 +44,8 @@ class ScoringPlan:
     fold: int
     episodes: int
     device: Device
+    ways: int
+    """Classes that are told apart in each query."""
     vote: bool
     """Whether masks of single supports vote."""
     tasks: int

@@ -155,10 +155,11 @@ def absent(title: str, methods: Mapping[str, Method], num_folds: int = 4) -> Tab
 
 @dataclass(frozen=True)
 class Group:
-    """Evaluations that are comparable: one data set, protocol, number of shots and episodes."""
+    """Evaluations that are comparable: one data set, protocol, number of classes, shots and episodes."""
 
     dataset: str
     protocol: str
+    ways: str
     shots: str
     fusion: str
     episodes: str
@@ -169,7 +170,8 @@ class Group:
     def title(self) -> str:
         """In words."""
         vote = ", by vote" if self.fusion == "vote" else ""
-        return f"{self.dataset}, {self.protocol}, {self.shots}-shot{vote}, {self.episodes} episodes"
+        ways = f"{self.ways}-way " if self.ways != "1" else ""
+        return f"{self.dataset}, {self.protocol}, {ways}{self.shots}-shot{vote}, {self.episodes} episodes"
 
 
 def folds_table(number: int, one: Mapping[str, Method], five: Mapping[str, Method], protocol: str) -> Table:

@@ -17,7 +17,7 @@ from fsdino.data.views import PADDED, View
 from fsdino.errors import UserError
 from fsdino.video import jaccard
 from pipelines import tracking
-from pipelines.scoring import enlarged, voted
+from pipelines.scoring import enlarged, told_apart, voted
 from tests.conftest import FOLD, TRAINED, flags, run
 
 MEASURES = ("miou", "fb_iou", "boundary_iou", "per_class")
@@ -92,6 +92,39 @@ def test_mlflow_has_the_episodes_and_pictures_of_the_best_and_the_worst(whole_ru
     kept = {f.path for of in found for f in client.list_artifacts(of.info.run_id, "panels")}
     assert {"panels/best.png", "panels/worst.png", "panels/test.png"} <= kept
     assert "episodes.parquet" in {f.path for of in found for f in client.list_artifacts(of.info.run_id)}
+
+
+def test_classes_that_are_told_apart_share_the_pixels_of_each_query(whole_run, places, tmp_path, checkpoint):
+    score = evaluate(places, *checkpoint, "--ways", 3, "--masks", tmp_path / "masks")
+    alone = evaluate(places, *checkpoint)
+    dataset = open_dataset(str(places["--data"]))
+    saved: dict[str, dict[int, np.ndarray]] = {}
+    for path in (tmp_path / "masks").iterdir():
+        number, class_id, query = path.stem.split("_", 2)
+        saved.setdefault(f"{number} {query}", {})[int(class_id)] = np.array(Image.open(path)) > 0
+    assert len(saved) == 20 and all(sorted(of) == dataset.novel(FOLD) for of in saved.values())
+    sums = {class_id: np.zeros(2) for class_id in dataset.novel(FOLD)}
+    for key, masks in saved.items():
+        assert np.sum([*masks.values()], axis=0).max() <= 1, "two classes claim a pixel"
+        for class_id, mask in masks.items():
+            label = dataset.mask(key.split(" ", 1)[1], class_id)
+            valid, truth = label != 255, label == 1
+            sums[class_id] += ((mask & truth).sum(), ((mask | truth) & valid).sum())
+    assert score["miou"] == pytest.approx(np.mean([i / u for i, u in sums.values()]), abs=1e-6)
+    assert score["ways"] == 3 and "ways" not in alone and score["miou"] < alone["miou"]
+    for more in (["--absent"], ["--fusion", "vote", "--shots", 2]):
+        with pytest.raises(UserError, match="--ways: has no meaning"):
+            evaluate(places, *checkpoint, "--ways", 2, *more)
+    with pytest.raises(UserError, match="--ways 4: expected at most the 3 classes of the fold"):
+        evaluate(places, *checkpoint, "--ways", 4)
+
+
+def test_a_pixel_belongs_to_the_largest_logit_above_zero():
+    logits = torch.tensor([[[1.0, -1.0, 2.0, -3.0]], [[0.5, 3.0, 2.5, -0.1]]])
+    assert [mask.tolist() for mask in told_apart(logits)] == [
+        [[True, False, False, False]],
+        [[False, True, True, False]],
+    ]
 
 
 def test_absent_objects_are_scored_by_the_share_of_empty_masks(whole_run, places, tmp_path):

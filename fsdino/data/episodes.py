@@ -15,7 +15,7 @@ import numpy as np
 from fsdino.data.protocols import ImageClasses, Order
 from fsdino.errors import DataError
 
-TRAIN, TEST, ORDER, ABSENT = 0, 1, 2, 3
+TRAIN, TEST, ORDER, ABSENT, WAYS = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,20 @@ class EpisodeSampler:
         members = self.by_class[class_id]
         supports = tuple(members[i] for i in rng.choice(len(members), self.shots, replace=self.repeats_supports))
         return Episode(class_id, query, supports, (self.test_view,) * (1 + self.shots), (False,) * (1 + self.shots))
+
+    def ways(self, index: int, ways: int, seed: int | None = None) -> list[Episode]:
+        """The episode of that index, and the same query for further classes of the fold, each with its own supports:
+        classes to be told apart in one image, which need not show the others."""
+        seed = self.seed if seed is None else seed
+        episodes = [self.episode(index, seed)]
+        query, first = episodes[0].query, episodes[0].class_id
+        rng = np.random.default_rng([seed, self.fold, WAYS, index])
+        others = [class_id for class_id in sorted(self.by_class) if class_id != first]
+        for class_id in rng.choice(others, ways - 1, replace=False).tolist():
+            members = [image_id for image_id in self.by_class[class_id] if image_id != query]
+            supports = tuple(members[i] for i in rng.choice(len(members), self.shots, replace=self.repeats_supports))
+            episodes.append(replace(episodes[0], class_id=class_id, supports=supports))
+        return episodes
 
     def _query(self, rng: np.random.Generator, index: int) -> tuple[str, int]:
         """The query of an index, and its class."""
