@@ -118,3 +118,14 @@ def test_pairs_come_in_turn_and_classes_with_equal_chances():
 def test_supports_may_repeat_where_the_protocol_says_so_but_are_never_the_query():
     drawn = [sampler(shots=5, repeats_supports=True).episode(i) for i in range(300)]
     assert any(len(set(e.supports)) < 5 for e in drawn) and all(e.query not in e.supports for e in drawn)
+
+
+def test_further_classes_of_a_query_are_others_of_the_fold_with_supports_that_are_not_the_query():
+    tests = sampler(shots=1)
+    for index in range(60):
+        first, *others = tests.ways(index, 3)
+        assert first == tests.episode(index) and len({e.class_id for e in (first, *others)}) == 3
+        for one in others:
+            assert one.query == first.query and one.query not in one.supports
+            assert all(one.class_id in CLASSES[i] for i in one.supports)
+    assert tests.ways(4, 3) == tests.ways(4, 3) != tests.ways(4, 3, seed=4)
