@@ -211,6 +211,8 @@ class Episodic:
     """Largest norm of a step's gradient; none: no clipping."""
     ema: Annotated[float, Range(0, 0.99999)] = 0.0
     """Above 0: what is validated and published is the weights' moving average with this decay."""
+    absent_share: Share = 0.0
+    """Share of the episodes whose query lacks the class, so that its mask is empty."""
     flip: bool = False
     """Mirror cached features and labels at random, for encoders that take a mirrored image to mirrored features."""
     label_px: Side | None = None

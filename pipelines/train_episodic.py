@@ -154,6 +154,8 @@ def planned(settings: Settings, fold: int) -> Plan:
         balance=episodic.balance,
         flip=episodic.flip,
     )
+    if episodic.absent_share:
+        sampler = sampler.with_absent(episodic.absent_share, sampler.lacking(dataset.class_pixels("train")))
     validation = validation_sampler(settings, fold, dataset, rules, (late, query), held_out)
     steps = episodic.steps or max(1, episodic.epochs * len(sampler) // episodic.batch)
     shape = SegmenterShape(adapter.in_channels, late.fingerprint.channels, late.fingerprint.grid, adapter.out_channels)
@@ -243,7 +245,11 @@ def _of_fold(settings: Settings, name: str, fold: int) -> str:
 def decisive(episodic: Episodic) -> dict[str, Any]:
     """The settings that make another model: not how a step is computed, nor a switch of a later release that is off."""
     off = {"accumulate", "train_compile"}
-    off |= {name for name, value in (("clip", None), ("ema", 0.0)) if getattr(episodic, name) == value}
+    off |= {
+        name
+        for name, value in (("clip", None), ("ema", 0.0), ("absent_share", 0.0))
+        if getattr(episodic, name) == value
+    }
     return {name: value for name, value in asdict(episodic).items() if name not in off}
 
 

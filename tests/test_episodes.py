@@ -120,6 +120,20 @@ def test_supports_may_repeat_where_the_protocol_says_so_but_are_never_the_query(
     assert any(len(set(e.supports)) < 5 for e in drawn) and all(e.query not in e.supports for e in drawn)
 
 
+def test_a_share_of_training_queries_lacks_the_class_and_the_others_are_as_before():
+    plain = sampler(training=True, flip=True)
+    lacking = plain.lacking({i: dict.fromkeys(classes, 9) for i, classes in CLASSES.items()})
+    mixed = plain.with_absent(0.3, lacking)
+    pairs = [(plain.episode(i), mixed.episode(i)) for i in range(2000)]
+    absent = [b for a, b in pairs if a != b]
+    assert 0.27 < len(absent) / len(pairs) < 0.33
+    for one in absent:
+        assert one.class_id in lacking[one.query] and one.class_id not in CLASSES[one.query]
+        assert one.query not in one.supports and all(one.class_id in CLASSES[i] for i in one.supports)
+    assert all((a.query, a.views, a.flips) == (b.query, b.views, b.flips) for a, b in pairs)
+    assert plain.with_absent(0.0, lacking).episode(7) == plain.episode(7)
+
+
 def test_further_classes_of_a_query_are_others_of_the_fold_with_supports_that_are_not_the_query():
     tests = sampler(shots=1)
     for index in range(60):

@@ -4,6 +4,7 @@ No episode depends on the number of workers or on the episodes before it, so a r
 repeats exactly.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -91,6 +92,8 @@ class EpisodeSampler:
         """Of the images and their classes: what the episodes are drawn from."""
         self.shots, self.fold, self.seed, self.training = shots, fold, seed, training
         self.num_views, self.flip, self.test_view, self.repeats_supports = num_views, flip, test_view, repeats_supports
+        self.absent_share = 0.0
+        self._lacking: Mapping[str, Sequence[int]] = {}
         sizes = np.array([len(self.by_class[c]) for c in sorted(self.by_class)], float)
         power = 0.0 if order == "classes" else 1 - balance
         self.class_shares = sizes**power / (sizes**power).sum() if balance > 0 or order == "classes" else None
@@ -110,7 +113,15 @@ class EpisodeSampler:
         if not self.training:
             views = (self.test_view,) * (1 + self.shots)
         flips = tuple(bool(f) for f in rng.random(1 + self.shots) < (0.5 if self.flip else 0))
+        if self.absent_share and query in self._lacking and rng.random() < self.absent_share:
+            class_id, supports = self._absent(rng, query, self._lacking)
         return Episode(class_id, query, supports, views, flips)
+
+    def with_absent(self, share: float, lacking: Mapping[str, Sequence[int]]) -> "EpisodeSampler":
+        """The same episodes, but that for a share of them the class is one that the query lacks (see `lacking`)."""
+        mixed = copy.copy(self)
+        mixed.absent_share, mixed._lacking = share, lacking
+        return mixed
 
     def lacking(self, pixels: Mapping[str, Mapping[int, int]]) -> dict[str, list[int]]:
         """Images that show no pixel of some class, and those classes; `pixels` are those of every class in every image.
@@ -127,10 +138,16 @@ class EpisodeSampler:
         """An episode whose query lacks the class: the images of `lacking` in turn, each with one of its classes."""
         rng = np.random.default_rng([self.seed if seed is None else seed, self.fold, ABSENT, index])
         query = list(lacking)[index % len(lacking)]
+        class_id, supports = self._absent(rng, query, lacking)
+        return Episode(class_id, query, supports, (self.test_view,) * (1 + self.shots), (False,) * (1 + self.shots))
+
+    def _absent(
+        self, rng: np.random.Generator, query: str, lacking: Mapping[str, Sequence[int]]
+    ) -> tuple[int, tuple[str, ...]]:
+        """A class that an image lacks, and supports of it."""
         class_id = lacking[query][int(rng.integers(len(lacking[query])))]
         members = self.by_class[class_id]
-        supports = tuple(members[i] for i in rng.choice(len(members), self.shots, replace=self.repeats_supports))
-        return Episode(class_id, query, supports, (self.test_view,) * (1 + self.shots), (False,) * (1 + self.shots))
+        return class_id, tuple(members[i] for i in rng.choice(len(members), self.shots, replace=self.repeats_supports))
 
     def ways(self, index: int, ways: int, seed: int | None = None) -> list[Episode]:
         """The episode of that index, and the same query for further classes of the fold, each with its own supports:
