@@ -156,7 +156,7 @@ class Predictor:
 
     def segment_batch(self, classes: Sequence[ClassEncoding]) -> list[Segmentation]:
         """As `segment`, for each of the images that `set_images` got."""
-        return [_segmentation(logits) for logits, _ in self.logits(classes)]
+        return [Segmentation((logits > 0).numpy(), self.scores(logits)) for logits, _ in self.logits(classes)]
 
     @torch.inference_mode()
     def logits(
@@ -172,6 +172,12 @@ class Predictor:
             prior = predicted.prior_logits
             results.append((mask[:, 0].cpu(), None if prior is None else prior[:, 0].cpu()))
         return results
+
+    @staticmethod
+    def scores(logits: Float[Tensor, "n h w"]) -> Float[np.ndarray, "n"]:
+        """Scores of masks, as in `Segmentation`."""
+        masks = logits > 0
+        return ((logits.sigmoid() * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)).numpy()
 
     def _support(self, classes: Sequence[ClassEncoding]) -> SupportEncoding:
         """All classes in one batch."""
@@ -193,12 +199,6 @@ class Predictor:
     def _features(self, images: Sequence[Image.Image]) -> Features:
         squares = np.stack([resize_square(image, self.res_px) for image in images])
         return self.encoder(to_input(squares, self.encoder.mean, self.encoder.std).to(self.device))
-
-
-def _segmentation(logits: Float[Tensor, "n h w"]) -> Segmentation:
-    masks = logits > 0
-    inside = (logits.sigmoid() * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)
-    return Segmentation(masks.numpy(), inside.numpy())
 
 
 def _opened(image: Photograph) -> Image.Image:

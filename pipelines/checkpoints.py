@@ -63,14 +63,13 @@ def load_segmenter(url: str) -> "tuple[Segmenter, dict[str, Any]]":
     return _fetched(url, checkpoint.files("segmenter"), Segmenter.load)
 
 
-def load_predictor(url: str, encoder_weights: str | None) -> "Predictor":
-    """The predictor of a segmenter at a path or URL. Raises UserError if there is none, or if the encoder's weights
-    are not those it was trained on."""
+def load_predictor(url: str, encoder_weights: str | None, gpu: bool = False) -> "Predictor":
+    """The predictor of a segmenter at a path or URL. Raises UserError if there is none, if the encoder's weights are
+    not those it was trained on, or if there is no GPU."""
     from fsdino.predictor import Predictor
 
-    return _fetched(
-        url, checkpoint.files("segmenter"), lambda folder: Predictor.load(folder, encoder_weights=encoder_weights)
-    )
+    device = "cuda" if gpu else "cpu"
+    return _fetched(url, checkpoint.files("segmenter"), lambda folder: Predictor.load(folder, device, encoder_weights))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import Episode
@@ -21,6 +21,17 @@ CAPTION_PX = 18
 POINTS = ((0.3, 0.3), (0.5, 0.5), (0.7, 0.6))  # where similarity is shown: shares of width and height
 MASK_COLOUR = np.array([255, 40, 90], np.float32)
 TINT = 0.45
+COLOURS = (
+    (213, 94, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (204, 121, 167),
+    (240, 228, 66),
+    (86, 180, 233),
+    (230, 159, 0),
+    (170, 170, 170),
+)
+"""Of several classes: those of Okabe and Ito, which colour-blind readers tell apart, and a grey."""
 
 
 def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
@@ -37,10 +48,35 @@ def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
     return Image.fromarray(tinted.astype(np.uint8))
 
 
-def _outline(inside: np.ndarray) -> np.ndarray:
-    """Pixels of the mask with a pixel outside it within two steps; the image's own border is no edge."""
+def overlaid(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> Image.Image:
+    """The image at its own size with masks (n, h, w), each tinted, outlined and captioned in a colour of its own."""
+    pixels = np.array(image.convert("RGB"), np.float32)
+    width = max(2, round(min(image.size) / 250))
+    for number, mask in enumerate(masks):
+        colour = np.array(COLOURS[number % len(COLOURS)], np.float32)
+        pixels[mask] = (1 - TINT) * pixels[mask] + TINT * colour
+        pixels[_outline(mask, width)] = colour
+    drawn = Image.fromarray(pixels.astype(np.uint8))
+    draw, size = ImageDraw.Draw(drawn), max(12, round(min(image.size) / 25))
+    font = ImageFont.load_default(size)
+    for number, (mask, caption) in enumerate(zip(masks, captions, strict=True)):
+        if not mask.any():
+            continue
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        left, top, right, bottom = draw.textbbox((0, 0), caption, font)
+        x = float(np.clip(columns[0], 0, max(0, image.width - (right - left) - 8)))
+        y = float(np.clip(rows[0] - (bottom - top) - 10, 0, max(0, image.height - (bottom - top) - 8)))
+        fill = COLOURS[number % len(COLOURS)]
+        draw.rectangle((x, y, x + right - left + 8, y + bottom - top + 8), fill=fill)
+        bright = sum(c * w for c, w in zip(fill, (0.3, 0.59, 0.11), strict=True)) > 140
+        draw.text((x + 4 - left, y + 4 - top), caption, fill="black" if bright else "white", font=font)
+    return drawn
+
+
+def _outline(inside: np.ndarray, width: int = 2) -> np.ndarray:
+    """Pixels of the mask with a pixel outside it within some steps; the image's own border is no edge."""
     core = inside
-    for _ in range(2):
+    for _ in range(width):
         padded = np.pad(core, 1, mode="edge")
         core = core & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
     return inside & ~core

@@ -20,7 +20,7 @@ LISTED = SUFFIXES | {TAR}
 
 
 def list_photographs(
-    place: str, share: float = 1.0, seed: int = 0, skipped: dict[str, str] | None = None
+    place: str, share: float = 1.0, seed: int = 0, skipped: dict[str, str] | None = None, flag: str = "--images"
 ) -> dict[str, str]:
     """Photographs by their path below the folder (or below a glob's fixed part), sorted; values are paths or URLs.
 
@@ -30,19 +30,19 @@ def list_photographs(
     into `skipped` instead, if that is given.
     """
     try:
-        with reachable(f"--images {place}"):
+        with reachable(f"{flag} {place}"):
             found = dict(sorted(_within_tars(_remote(place) if _is_url(place) else _local(place), skipped)))
     except FileNotFoundError:
         found = {}
     if not found and skipped:
         raise UserError(
-            f"--images {place}: expected photographs, found none but damaged archives: {next(iter(skipped.values()))}"
+            f"{flag} {place}: expected photographs, found none but damaged archives: {next(iter(skipped.values()))}"
         )
     if share < 1 and found:
         found = _drawn(found, share, seed)
     if not found:
         raise UserError(
-            f"--images {place}: expected photographs, found none; name a folder with any of "
+            f"{flag} {place}: expected photographs, found none; name a folder with any of "
             f"{' '.join(sorted(SUFFIXES))}, or a glob such as 'photos/**/*.jpg' in quotes"
         )
     return found
