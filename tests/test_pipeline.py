@@ -4,6 +4,7 @@ Commands run in this process, on one Ray; those that are killed are in test_kill
 """
 
 import json
+import shutil
 import uuid
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools.coco import COCO
 
 from feature_store import FeatureStore, StoreError, tools
 from fsdino.encoder import build_encoder, to_input
@@ -211,6 +213,45 @@ def test_predict_writes_a_mask_of_each_photographs_own_size(whole_run, shapes_ro
     with Image.open(done["masks"][0]["mask"]) as mask:
         assert mask.size == (211, 97) and set(np.unique(np.array(mask))) <= {0, 255}
     assert Path(done["panel"]).exists() and len(done["masks"]) == 2
+
+
+def test_predict_finds_several_classes_of_examples_and_files_in_a_folder(whole_run, shapes_root, tmp_path):
+    checkpoint, examples = ["--checkpoint", whole_run["4d"]["checkpoint"]], []
+    for number, name in ((0, "disc"), (4, "bar")):
+        photograph = shapes_root / "JPEGImages" / f"shapes_{number:06d}.jpg"
+        label = np.array(Image.open(shapes_root / "SegmentationClassAug" / f"shapes_{number:06d}.png"))
+        Image.fromarray((label == np.unique(label)[1]).astype(np.uint8) * 255).save(tmp_path / f"{name}.png")
+        examples.append((name, photograph, tmp_path / f"{name}.png"))
+    (disc, *of_disc), (bar, *of_bar) = examples
+    file = tmp_path / "bar.class"
+    made = run("register", *checkpoint, "--name", bar, "--support", of_bar[0], "--mask", of_bar[1], "--out", file)
+    assert made == {"class": str(file), "name": "bar", "shots": 1}
+    queries = tmp_path / "photos" / "inner"
+    queries.mkdir(parents=True)
+    for number in (1, 2, 3):
+        shutil.copy(shapes_root / "JPEGImages" / f"shapes_{number:06d}.jpg", queries)
+    asked = ["--class", disc, f"{of_disc[0]}={of_disc[1]}", "--class", file, "--query", tmp_path / "photos"]
+    formats = ["--format", "mask", "labels", "overlay", "coco", "yolo", "--batch", 2]
+    done = run("predict", *checkpoint, *asked, *formats, "--out", tmp_path / "out")
+    lines = [json.loads(line) for line in Path(done["results"]).read_text().splitlines()]
+    assert [Path(line["query"]).stem for line in lines] == [f"shapes_{n:06d}" for n in (1, 2, 3)]
+    assert all([c["name"] for c in line["classes"]] == ["disc", "bar"] for line in lines)
+    assert all(Path(file).exists() for line in lines for file in line["files"]) and len(lines[0]["files"]) == 5
+    masks = {line["query"]: np.array(Image.open(line["files"][0])) > 0 for line in lines}
+    alone = ["--support", of_disc[0], "--mask", of_disc[1], "--query", *masks]
+    single = run("predict", *checkpoint, *alone, "--out", tmp_path / "alone")
+    for one in single["masks"]:
+        assert np.array_equal(np.array(Image.open(one["mask"])) > 0, masks[one["query"]])
+    read = COCO(str(tmp_path / "out" / "annotations.json"))
+    assert [i["file_name"] for i in read.loadImgs(read.getImgIds())] == list(masks)
+    for wrong, said in (
+        (["--class", "disc"], "--class disc: expected PHOTOGRAPH=MASK behind the name, or a class file"),
+        (["--class", disc, str(of_disc[0])], "expected PHOTOGRAPH=MASK"),
+        (["--class", file, "--support", of_disc[0]], "--class: names its own supports"),
+        (["--class", of_disc[1]], "expected a class file, got another"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run("predict", *checkpoint, *wrong, "--query", of_disc[0], "--out", tmp_path / "wrong")
 
 
 def test_predict_agrees_with_the_segmenter_called_by_hand(whole_run, shapes_root, tmp_path):
