@@ -41,17 +41,18 @@ class Kept(Generic[K]):
         wanted = dict.fromkeys(keys)
         missing = {key: at for at, key in enumerate(k for k in wanted if k not in self._slots)}
         if not missing:
-            return self._memory[self._places(self._slots[key] for key in keys)]
+            return self._memory.index_select(0, self._places(self._slots[key] for key in keys))
         fresh = read(list(missing))
         self._take_in(missing, fresh)
         if len(missing) == len(keys):
             return fresh
         if len(missing) == len(wanted):
-            return fresh[self._places(missing[key] for key in keys)]
+            return fresh.index_select(0, self._places(missing[key] for key in keys))
         found = fresh.new_empty((len(keys), *fresh.shape[1:]))
         for memory, slots in ((fresh, missing), (self._memory, self._slots)):
             at = [position for position, key in enumerate(keys) if (key in missing) == (slots is missing)]
-            found[self._places(at)] = memory[self._places(slots[keys[position]] for position in at)]
+            chosen = memory.index_select(0, self._places(slots[keys[position]] for position in at))
+            found.index_copy_(0, self._places(at), chosen)
         return found
 
     def _take_in(self, missing: dict[K, int], fresh: Tensor) -> None:
@@ -119,7 +120,11 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 def unpacked(stored: Tensor, channels: int) -> Tensor:
     """What `feature_store.packing.unpack` makes of codes and scales (..., stored channels), on their device: features
-    (..., channels) float16."""
+    (..., channels) float32."""
     scales = stored[..., channels:].contiguous().view(torch.float16).float()
-    codes = stored[..., :channels].float()
-    return (codes * scales.repeat_interleave(packing.GROUP, -1)[..., :channels]).half()
+    features = stored[..., :channels].float()
+    whole = channels // packing.GROUP
+    split = whole * packing.GROUP
+    features[..., :split].unflatten(-1, (whole, packing.GROUP)).mul_(scales[..., :whole, None])
+    features[..., split:] *= scales[..., whole:]
+    return features
