@@ -75,7 +75,7 @@ def videos(group: Group) -> Table:
 
 def qualitative(groups: Sequence[Group], tracking_uri: str) -> str | None:
     """A grid of the first test episodes: support, truth, and what each method predicts; None if no run has pictures."""
-    for group in groups:
+    for group in sorted(groups, key=lambda group: group.dataset != PASCAL):
         chosen = {name: group.methods[name] for name in GRID if name in group.methods}
         shared = set.intersection(*(set(m.runs) for m in chosen.values())) if len(chosen) > 1 else set()
         if group.absent or group.shots != "1" or not shared:

@@ -67,6 +67,17 @@ def test_runs_that_differ_in_more_than_the_fold_never_share_a_row(uri, change, s
     assert gather(uri) == {"4d": {"1": 0.7}, f"4d ({said})": {"0": 0.5}}  # the newest keeps the short name
 
 
+def test_models_of_another_data_set_are_told_by_the_folds_that_they_are_tested_on_or_else_trained_on(uri):
+    for fold in range(2):  # COCO-20i, by the model of fold 0
+        log(uri, fold, 0.1 + 0.1 * fold, trained__dataset="other", trained__fold=0, folds="4 f+4v")
+    for fold in range(2):  # FSS-1000 has one fold
+        of = {"trained__dataset": "other", "trained__fold": fold, "folds": "1 its own", "dataset": "one-fold"}
+        log(uri, 0, 0.5 + 0.1 * fold, **of, images="images0")
+    assert gather(uri)["4d"] == pytest.approx({"0": 0.1, "1": 0.2})
+    (alone,) = tables.gather(uri, dataset="one-fold").values()
+    assert {f: alone.cell(f, "miou")[0] for f in alone.folds} == pytest.approx({"0": 0.5, "1": 0.6})
+
+
 def test_of_two_checkpoints_of_a_fold_the_newest_is_shown_and_that_is_said(uri, capsys):
     log(uri, 0, 0.5)
     log(uri, 0, 0.6, checkpoint="retrained")
