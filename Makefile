@@ -12,7 +12,7 @@ demo: $(READY)
 mlflow: $(READY)
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db
 
-# Tests of the whole way share a process, as they share its results; the others run beside them, and are shown behind.
+# End-to-end tests share a process, as they share results; the others run beside them, and are shown behind.
 test: $(READY) check
 	@export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m pytest -m "$(FAST) and not commands" > .venv/tests.log 2>&1 & others=$$!; \

@@ -8,7 +8,7 @@ masks, scores = predictor.segment([cat])
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,20 +158,23 @@ class Predictor:
         """As `segment`, for each of the images that `set_images` got."""
         return [Segmentation((logits > 0).numpy(), self.scores(logits)) for logits, _ in self.logits(classes)]
 
-    @torch.inference_mode()
     def logits(
         self, classes: Sequence[ClassEncoding]
-    ) -> list[tuple[Float[Tensor, "n h w"], Float[Tensor, "n m m"] | None]]:
-        """For each image its mask logits at its own size, and the prior's at 4 times the grid (4D variant only)."""
+    ) -> Iterator[tuple[Float[Tensor, "n h w"], Float[Tensor, "n m m"] | None]]:
+        """One image after another: its mask logits at its own size, and the prior's at 4 times the grid (4D variant
+        only)."""
         support = self._support(classes)
-        results = []
-        for (width, height), features, embedding in self._images:
-            late, embedding = (x.expand(len(classes), -1, -1, -1) for x in (features.late, embedding))
-            predicted = self.segmenter.segment(late, embedding, support)
-            mask = F.interpolate(predicted.mask_logits, size=(height, width), mode="bilinear", align_corners=False)
-            prior = predicted.prior_logits
-            results.append((mask[:, 0].cpu(), None if prior is None else prior[:, 0].cpu()))
-        return results
+        return (self._logits(*of_image, support) for of_image in self._images)
+
+    @torch.inference_mode()
+    def _logits(
+        self, size: tuple[int, int], features: Features, embedding: Tensor, support: SupportEncoding
+    ) -> tuple[Tensor, Tensor | None]:
+        late, embedding = (x.expand(len(support.prototype), -1, -1, -1) for x in (features.late, embedding))
+        predicted = self.segmenter.segment(late, embedding, support)
+        mask = F.interpolate(predicted.mask_logits, size=size[::-1], mode="bilinear", align_corners=False)
+        prior = predicted.prior_logits
+        return mask[:, 0].cpu(), None if prior is None else prior[:, 0].cpu()
 
     @staticmethod
     def scores(logits: Float[Tensor, "n h w"]) -> Float[np.ndarray, "n"]:

@@ -26,12 +26,12 @@ def train(settings: train_episodic.Settings, folds: range) -> dict[str, Any]:
     records = {fold: run.finished(uri) for fold, run in runs.items()} if begun and begun["closed"] else {}
     if not records or None in records.values():
         need = training.resources(settings.workers, settings.device)
-        cluster.connect(need, "a fold", training.FEWER)
+        cluster.connect(need, "a fold", training.fewer(settings.device))
         at_once = int(min(ray.cluster_resources()[kind] // amount for kind, amount in need.items()))
         about = replace(above.about, tags={tracking.SUMMARY: "folds"})
         with (
             tracking.running(uri, about, begun["run_id"] if begun else None, above.outbox) as run,
-            stopping.graceful(training.GRACEFULLY),
+            stopping.graceful(),
         ):
             above.write(run.run_id)
             tracking.nest(run, [begun["run_id"] for begun in (of.begun() for of in runs.values()) if begun])
@@ -72,17 +72,20 @@ def _at_once(
 ) -> dict[int, dict[str, Any] | None]:
     """Each fold's record. Raises the first error when all have ended, and Stopped."""
     pool = ThreadPoolExecutor(at_once)
-    pending: dict[int, Future[dict[str, Any]]] = {
-        fold: pool.submit(train_episodic.trained, settings, plan) for fold, plan in plans.items()
-    }
-    while wait(pending.values(), timeout=0.2).not_done:
-        if stopping.asked():
-            pool.shutdown(wait=False, cancel_futures=True)
-    pool.shutdown()
-    stopping.check()
-    errors = {fold: error for fold, of in pending.items() if (error := of.exception()) is not None}
+    try:
+        pending: dict[int, Future[dict[str, Any]]] = {
+            fold: pool.submit(train_episodic.trained, settings, plan) for fold, plan in plans.items()
+        }
+        while wait(pending.values(), timeout=0.2).not_done and not stopping.asked():
+            pass
+        pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    ended = {fold: of.exception() for fold, of in pending.items() if not of.cancelled()}
+    errors = {fold: error for fold, error in ended.items() if error and not isinstance(error, stopping.Stopped)}
     for fold, error in errors.items():
         print(f"fold {fold} failed: {first_line(error)}", file=sys.stderr)
+    stopping.check()
     for error in errors.values():
         raise error
     return {fold: of.result() for fold, of in pending.items()}

@@ -99,13 +99,18 @@ class Tracking:
 
 
 @dataclass(frozen=True)
-class PictureFile:
-    """A PNG file of this machine, in a folder that exists."""
+class NewFile:
+    """A file of this machine, in a folder that exists."""
+
+    suffix: str = ""
+    """How its name ends."""
 
     def check(self, flag: str, value: str) -> str:
-        """The path. Raises UserError if no picture can be written there."""
-        if Path(value).suffix != ".png" or not Path(value).absolute().parent.is_dir():
-            raise UserError(f"{flag} {value}: expected a .png file in a folder that exists")
+        """The path. Raises UserError if no such file can be written there."""
+        path = Path(value).absolute()
+        if not value.endswith(self.suffix) or path.is_dir() or not path.parent.is_dir():
+            what = f"a {self.suffix} file" if self.suffix else "a file"
+            raise UserError(f"{flag} {value}: expected {what} in a folder that exists")
         return value
 
 
@@ -189,6 +194,8 @@ Folder = Annotated[str, Location(written=True, local=True)]
 """A folder of this machine that is written."""
 Weights = Annotated[str, Location(hub=True)]
 """A weights file, or one on the hub."""
-Picture = Annotated[str, PictureFile()]
+Picture = Annotated[str, NewFile(".png")]
 """A picture that is written."""
 TrackingUri = Annotated[str, Tracking()]
+Format = Literal["mask", "labels", "overlay", "probability", "coco", "yolo"]
+"""What `predict` writes."""

@@ -220,6 +220,8 @@ def check_flags(settings: Settings, video: bool) -> None:
         raise UserError(f"--memory: expected a method that gives probabilities, got {settings.method}; leave it out")
     if settings.ways > 1 and (settings.absent or testing.fusion == "vote"):
         raise UserError("--ways: has no meaning for absent objects, nor for votes; leave one of them out")
+    if settings.ways > 1 and settings.panel:
+        raise UserError("--ways, --panel: a panel shows one class; leave one of them out")
     if testing.seeds > 1 and (settings.panel or settings.masks):
         raise UserError("--panel, --masks: each seed would overwrite the one before; take one seed")
 

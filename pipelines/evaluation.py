@@ -24,10 +24,11 @@ def episodes(
         scores.write(result, table)
         with tracking.optional(run, "the pictures of episodes"):
             scorer = scoring.scorer_of(plan)
-            first = scorer.picture(seed, range(min(scoring.PANEL_ROWS, plan.episodes)))
-            run.picture(first, "panels/test.png")
-            if plan.panel:
-                first.save(plan.panel)
+            if plan.ways == 1:  # a panel shows one class
+                first = scorer.picture(seed, range(min(scoring.PANEL_ROWS, plan.episodes)))
+                run.picture(first, "panels/test.png")
+                if plan.panel:
+                    first.save(plan.panel)
             if plan.lacking is None and plan.ways == 1:
                 for name, indices in zip(("best", "worst"), scoring.extremes(found), strict=True):
                     run.picture(scorer.picture(seed, indices), f"panels/{name}.png")

@@ -103,16 +103,20 @@ def feeds(
     sources: Sequence[Features], device: torch.device = CPU, memory_gb: float = 0, device_gb: float = 0
 ) -> list[Feed]:
     """A feed for each source; they share the memory by the size of their samples."""
-    sizes = [source.sample_bytes if isinstance(source, FeatureStore) else 0 for source in sources]
-    shares = [size / max(1, sum(sizes)) for size in sizes]
+    stores = [source if isinstance(source, FeatureStore) else None for source in sources]
+    total = max(1, sum(store.sample_bytes for store in stores if store))
+
+    def room(store: FeatureStore | None, gb: float) -> int:
+        return int(min(store.sample_bytes / total * gb * GB, len(store) * store.sample_bytes)) if store else 0
+
     return [
-        Feed(source, device, int(share * memory_gb * GB), int(share * device_gb * GB))
-        for source, share in zip(sources, shares, strict=True)
+        Feed(source, device, room(store, memory_gb), room(store, device_gb))
+        for source, store in zip(sources, stores, strict=True)
     ]
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; a GPU copies it by itself while others work."""
+    """A tensor on a device; a GPU copies it while the host goes on."""
     if host.device.type == device.type:
         return host
     return host.pin_memory().to(device, non_blocking=True)

@@ -1,19 +1,26 @@
 """What `predict` writes of what it found: pictures beside each other, or the files that labelling tools read."""
 
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from feature_store.urls import is_url, redacted
+from fsdino.errors import UserError
 from pipelines import panels
+from pipelines.checks import Format
 
-Format = Literal["mask", "labels", "overlay", "probability", "coco", "yolo"]
 COCO, YOLO_CLASSES = "annotations.json", "classes.txt"
+MOST_LABELS = 254
+Part = tuple[tuple[slice, ...], np.ndarray]
+"""Where a mask's part lies, and the part itself (h, w) bool."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +37,17 @@ class Found:
     scores: np.ndarray
     """(n,): mean probability within each mask."""
 
-    @property
+    @functools.cached_property
     def masks(self) -> np.ndarray:
         """(n, h, w) bool; masks of several classes may overlap."""
         return self.logits > 0
 
-    @property
+    @functools.cached_property
     def labels(self) -> np.ndarray:
         """(h, w): 1 to n, the class of the largest logit; 0 where none is above 0."""
         return np.where(self.logits.max(0) > 0, self.logits.argmax(0) + 1, 0).astype(np.uint8)
 
-    @property
+    @functools.cached_property
     def apart(self) -> np.ndarray:
         """As `masks`, but each pixel of one class alone."""
         return self.labels == np.arange(1, len(self.logits) + 1)[:, None, None]
@@ -49,11 +56,18 @@ class Found:
 class Writer(Protocol):
     """Takes photographs one after another."""
 
-    def add(self, found: Found) -> list[Path]:
-        """Write what belongs to one photograph. The files that are its own."""
+    shared: list[Path]
+    """The files that belong to all photographs."""
+
+    def paths(self, stem: str) -> list[Path]:
+        """The files of one photograph."""
         ...
 
-    def close(self) -> list[Path]:
+    def add(self, found: Found) -> None:
+        """Write what belongs to one photograph."""
+        ...
+
+    def close(self) -> None:
         """Write what belongs to all."""
         ...
 
@@ -62,43 +76,47 @@ class Pictures:
     """A file for each photograph, or for each of its classes."""
 
     def __init__(self, out: Path, names: Sequence[str], suffix: str, of: Callable[[Found, int], Any], each: bool):
-        self.out, self.names, self.suffix, self.of, self.each = out, names, suffix, of, each
+        self.out, self.suffix, self.of = out, suffix, of
+        self.shared: list[Path] = []
+        self.of_classes = [f"_{plain(name)}" for name in names] if each and len(names) > 1 else [""]
 
     def paths(self, stem: str) -> list[Path]:
-        """The files of one photograph."""
-        several = [f"_{_plain(name)}" for name in self.names] if self.each and len(self.names) > 1 else [""]
-        return [self.out / f"{stem}{of_class}{self.suffix}" for of_class in several]
-
-    def add(self, found: Found) -> list[Path]:
         """See Writer."""
-        paths = self.paths(found.stem)
-        for number, path in enumerate(paths):
+        return [self.out / f"{stem}{of_class}{self.suffix}" for of_class in self.of_classes]
+
+    def add(self, found: Found) -> None:
+        """See Writer."""
+        for number, path in enumerate(self.paths(found.stem)):
             self.of(found, number).save(path)
-        return paths
 
-    def close(self) -> list[Path]:
+    def close(self) -> None:
         """See Writer."""
-        return []
 
 
 class Coco:
     """One JSON of COCO's result and annotation form: column-major run lengths, boxes, areas, scores."""
 
     def __init__(self, out: Path, names: Sequence[str], instances: bool):
-        self.path, self.instances = out / COCO, instances
+        self.shared, self.instances = [out / COCO], instances
         categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
         self.record: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
 
-    def add(self, found: Found) -> list[Path]:
+    def paths(self, stem: str) -> list[Path]:
+        """See Writer."""
+        return []
+
+    def add(self, found: Found) -> None:
         """See Writer."""
         from pycocotools import mask as coco
 
         images, annotations = self.record["images"], self.record["annotations"]
         width, height = found.image.size
-        images.append({"id": len(images) + 1, "file_name": found.query, "width": width, "height": height})
+        images.append({"id": len(images) + 1, "file_name": redacted(found.query), "width": width, "height": height})
         for number, whole in enumerate(found.masks):
-            for part in parts(whole, self.instances):
-                runs = coco.encode(np.asfortranarray(part, np.uint8))
+            for place, part in parts(whole, self.instances):
+                full = np.zeros((height, width), np.uint8, order="F")
+                full[place] = part
+                runs = coco.encode(full)
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
@@ -108,15 +126,13 @@ class Coco:
                         "area": int(part.sum()),
                         "bbox": [float(side) for side in coco.toBbox(runs)],
                         "iscrowd": 0,
-                        "score": round(float(_sigmoid(found.logits[number][part]).mean()), 6),
+                        "score": round(float(_sigmoid(found.logits[number][place][part]).mean()), 6),
                     }
                 )
-        return []
 
-    def close(self) -> list[Path]:
+    def close(self) -> None:
         """See Writer."""
-        self.path.write_text(json.dumps(self.record))
-        return [self.path]
+        self.shared[0].write_text(json.dumps(self.record))
 
 
 class Yolo:
@@ -126,32 +142,37 @@ class Yolo:
     """
 
     def __init__(self, out: Path, names: Sequence[str]):
-        self.out, self.names = out, names
+        self.out, self.names, self.shared = out, names, [out / YOLO_CLASSES]
 
     def paths(self, stem: str) -> list[Path]:
-        """The files of one photograph."""
+        """See Writer."""
         return [self.out / f"{stem}.txt"]
 
-    def add(self, found: Found) -> list[Path]:
+    def add(self, found: Found) -> None:
         """See Writer."""
         lines = [
-            " ".join([str(number), *(f"{share:.6f}" for point in outline(part) for share in point)])
+            " ".join([str(number), *(f"{share:.6f}" for point in outline(*of, whole.shape) for share in point)])
             for number, whole in enumerate(found.masks)
-            for part in parts(whole, instances=True)
+            for of in parts(whole, instances=True)
         ]
-        (path,) = self.paths(found.stem)
-        path.write_text("".join(f"{line}\n" for line in lines))
-        return [path]
+        self.paths(found.stem)[0].write_text("".join(f"{line}\n" for line in lines))
 
-    def close(self) -> list[Path]:
+    def close(self) -> None:
         """See Writer."""
-        path = self.out / YOLO_CLASSES
-        path.write_text("".join(f"{name}\n" for name in self.names))
-        return [path]
+        self.shared[0].write_text("".join(f"{name}\n" for name in self.names))
 
 
 def writers(formats: Sequence[Format], out: Path, names: Sequence[str], instances: bool) -> list[Writer]:
-    """One for each format."""
+    """One for each format. Raises UserError for classes whose files could not be told apart."""
+    known: dict[str, str] = {}
+    for name in names:
+        if not name.strip():
+            raise UserError("--class: expected a class with a name, got one without; register it again")
+        if plain(name) in known:
+            raise UserError(f"--class {name}: a class called {known[plain(name)]} is there already; name them apart")
+        known[plain(name)] = name
+    if "labels" in formats and len(names) > MOST_LABELS:
+        raise UserError(f"--format labels: expected at most {MOST_LABELS} classes, got {len(names)}; use coco")
     made: dict[str, Callable[[], Writer]] = {
         "mask": lambda: Pictures(out, names, ".png", lambda f, n: _binary(f.masks[n]), each=True),
         "labels": lambda: Pictures(out, names, "_labels.png", lambda f, _: _labels(f.labels), each=False),
@@ -163,24 +184,62 @@ def writers(formats: Sequence[Format], out: Path, names: Sequence[str], instance
     return [made[name]() for name in dict.fromkeys(formats)]
 
 
-def parts(mask: np.ndarray, instances: bool) -> list[np.ndarray]:
+def stems(queries: Sequence[str], made: Sequence[Writer], others: Sequence[Path], inputs: Sequence[str]) -> list[str]:
+    """What the files of each photograph are called, numbered where one of them is taken; `others` are written too.
+
+    Raises UserError if anything that is written would replace an input.
+    """
+    given = {Path(path).resolve(): path for path in inputs if not is_url(path)}
+
+    def check(path: Path, query: str) -> None:
+        if path.resolve() in given:
+            what = f"what is written for {query}" if query else path.name
+            raise UserError(
+                f"--out {path.parent}: {what} would overwrite the input {given[path.resolve()]}; choose another folder"
+            )
+
+    taken = {*others, *(path for writer in made for path in writer.shared)}
+    for path in taken:
+        check(path, "")
+    found = []
+    for query in queries:
+        stem = Path(query).stem
+        for numbered in chain([stem], (f"{stem}-{n}" for n in count(2))):
+            paths = [path for writer in made for path in writer.paths(numbered)]
+            if len(set(paths)) == len(paths) and not taken & set(paths) and numbered not in found:
+                break
+            if len(set(paths)) < len(paths):
+                raise UserError(f"--format: two of them write {paths[-1].name}; call the class otherwise")
+        for path in paths:
+            check(path, query)
+        taken |= set(paths)
+        found.append(numbered)
+    return found
+
+
+def parts(mask: np.ndarray, instances: bool) -> Iterator[Part]:
     """The mask, or its parts that are connected by pixels' sides; nothing of an empty one."""
-    if not instances:
-        return [mask] if mask.any() else []
-    numbers, count = ndimage.label(mask)
-    return [numbers == number for number in range(1, count + 1)]
+    numbers = ndimage.label(mask)[0] if instances else mask.astype(np.int32)
+    for number, place in enumerate(ndimage.find_objects(numbers), start=1):
+        yield place, numbers[place] == number
 
 
-def outline(part: np.ndarray) -> np.ndarray:
-    """The outer outline (points, 2) of a part, along the sides of its pixels, as shares of width and height."""
+def outline(place: tuple[slice, ...], part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The outer outline (points, 2) of a part, half way between pixels inside and outside (so that its corners are
+    cut), as shares of the width and height of `shape`."""
     import contourpy
 
-    height, width = part.shape
+    height, width = shape
     whole = np.pad(ndimage.binary_fill_holes(part), 1).astype(np.float64)
-    centres = np.arange(width + 2) - 0.5, np.arange(height + 2) - 0.5
+    centres = np.arange(whole.shape[1]) - 0.5 + place[1].start, np.arange(whole.shape[0]) - 0.5 + place[0].start
     lines: list[np.ndarray] = contourpy.contour_generator(*centres, whole).lines(0.5)  # type: ignore[assignment]
     longest = max(lines, key=len)
     return np.clip(longest[:-1] / (width, height), 0, 1)
+
+
+def plain(name: str) -> str:
+    """A class's name as part of a file's."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
 
 
 def _binary(mask: np.ndarray) -> Image.Image:
@@ -188,8 +247,9 @@ def _binary(mask: np.ndarray) -> Image.Image:
 
 
 def _labels(labels: np.ndarray) -> Image.Image:
-    picture = Image.fromarray(labels)
-    picture.putpalette([0, 0, 0, *(value for colour in panels.COLOURS for value in colour)])
+    picture, colours = Image.fromarray(labels), panels.COLOURS
+    every = [colours[number % len(colours)] for number in range(255)]  # all 256, or PNG would pack fewer bits
+    picture.putpalette([0, 0, 0, *(value for colour in every for value in colour)])
     return picture
 
 
@@ -204,8 +264,3 @@ def _overlay(found: Found, names: Sequence[str]) -> Image.Image:
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
-
-
-def _plain(name: str) -> str:
-    """A class's name as part of a file's."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in name)

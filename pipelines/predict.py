@@ -6,33 +6,33 @@
         --class cat cat1.jpg=cat1.png cat2.jpg=cat2.png --class dog.class --query photos/ --format labels coco
 
 One to five supports, each with a mask (the brighter of two values is the object). `panel.png` shows the first 50
-photographs, `results.jsonl` has a line for each. Runs on this machine alone, without stores; fsdino.Predictor does the
-same in Python.
+photographs, `results.jsonl` has a line for each that could be read. Runs on this machine alone, without stores;
+fsdino.Predictor does the same in Python.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from feature_store.urls import is_url
+from feature_store.urls import is_url, redacted
 from fsdino.data.photographs import list_photographs
 from fsdino.errors import UserError, first_line
 from fsdino.preprocess import read_image
 from pipelines import checkpoints
-from pipelines.checks import Few, Folder, Place, Range, Weights
+from pipelines.checks import Few, Folder, Format, Place, Range, Weights
 from pipelines.cli import main
-from pipelines.register import read_masks
+from pipelines.examples import read_masks
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
     from fsdino.predictor import ClassEncoding, Predictor
+    from pipelines.outputs import Found
 
 PANEL, PANEL_ROWS, RESULTS = "panel.png", 50, "results.jsonl"
 
@@ -44,7 +44,8 @@ class Settings:
     checkpoint: Place
     """Checkpoint folder of train_episodic (its `final`)."""
     query: tuple[str, ...]
-    """Photographs to segment: files, folders, globs in quotes, archives, or any of these as an fsspec URL."""
+    """Photographs to segment: files, folders, globs in quotes, archives, or any of these as an fsspec URL (folders
+    there end in a slash)."""
     support: tuple[str, ...] = ()
     """Support photographs of a single class."""
     mask: tuple[str, ...] = ()
@@ -53,7 +54,7 @@ class Settings:
     """A class: its name, and PHOTOGRAPH=MASK of each support; or a file that `register` wrote. Once for each class."""
     mask_value: Annotated[int, Range(0, 255)] | None = None
     """The object's value in masks of several classes; their 255 is then neither object nor background."""
-    format: tuple[Literal["mask", "labels", "overlay", "probability", "coco", "yolo"], ...] = ("mask",)
+    format: tuple[Format, ...] = ("mask",)
     """What to write: a black-and-white PNG of each class; one PNG whose values are classes, from 1 on; the photograph
     with its masks; a 16-bit PNG of each class's probability; annotations.json as COCO has it; a text file with outlines
     as YOLO has it, and classes.txt."""
@@ -81,58 +82,82 @@ class Examples(NamedTuple):
 def job(settings: Settings) -> dict[str, Any]:
     """Check classes, photographs and checkpoint, register, then segment one photograph after another.
 
-    A photograph that cannot be read costs no other its mask; it is named at the end.
+    A photograph that cannot be read costs no other its mask; it is named at the end. What was found before a stop is
+    written.
     """
-    wanted = examples(settings)
-    queries = listed(settings.query)
+    wanted, out = examples(settings), Path(settings.out)
+    queries = listed(settings.query, out)
+    from pipelines import outputs
+
+    writers = outputs.writers(settings.format, out, [one.name for one in wanted], settings.instances)
     inputs = [path for one in wanted for path in (*one.supports, one.file) if path]
-    stems = stems_of(queries, Path(settings.out), (*inputs, *masks_of(settings), *queries))
+    inputs += [*settings.mask, *(pair.rpartition("=")[2] for _, *pairs in settings.classes for pair in pairs), *queries]
+    stems = outputs.stems(queries, writers, (out / PANEL, out / RESULTS), inputs)
     checkpoints.read_record(settings.checkpoint, "segmenter")
 
-    from pipelines import outputs, panels
+    from pipelines import panels
 
     predictor = checkpoints.load_predictor(settings.checkpoint, settings.encoder_weights, settings.gpu)
     classes = [registered(one, predictor) for one in wanted]
-    out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    writers = outputs.writers(settings.format, out, [c.name for c in classes], settings.instances)
-    shown = [panels.overlay(read_image(one.supports[0]), one.masks[0] == 1) if one.supports else None for one in wanted]
-    unread: list[str] = []
+    first = wanted[0]
+    support = panels.overlay(read_image(first.supports[0]), first.masks[0] == 1) if first.supports else None
+    names, unread = [one.name for one in wanted], list[str]()
     masks: list[dict[str, Any]] = []
     rows: list[list[Image.Image | None]] = []
-    with open(out / RESULTS, "w") as lines:
-        for found, prior in segmented(
-            predictor, classes, list(zip(queries, stems, strict=True)), settings.batch, unread
-        ):
-            files = [str(path) for writer in writers for path in writer.add(found)]
-            shares = [round(float(mask.mean()), 4) for mask in found.masks]
-            scores = [round(float(score), 4) for score in found.scores]
-            line = {"query": found.query, "width": found.image.width, "height": found.image.height, "files": files}
-            of_classes = [
-                {"name": c.name, "score": score, "foreground": share}
-                for c, score, share in zip(classes, scores, shares, strict=True)
-            ]
-            lines.write(json.dumps({**line, "classes": of_classes}) + "\n")
-            masks.append({"query": found.query, "mask": files[0] if files else None, "foreground": max(shares)})
-            if len(rows) < PANEL_ROWS:
-                heat = None if prior is None else panels.heat(prior)
-                picture = panels.overlay(found.image, found.masks[0])
-                if len(classes) > 1:
-                    picture = panels.cell(panels.overlaid(found.image, found.apart, [c.name for c in classes]))
-                rows.append([shown[0], panels.cell(found.image), heat, picture])
-    closed = [str(path) for writer in writers for path in writer.close()]
-    picture_file = out / PANEL
+    try:
+        with open(out / RESULTS, "w") as lines:
+            photographs = list(zip(queries, stems, strict=True))
+            for found, prior in segmented(predictor, classes, photographs, settings.batch, unread):
+                for writer in writers:
+                    writer.add(found)
+                line = line_of(found, names, [str(path) for writer in writers for path in writer.paths(found.stem)])
+                lines.write(json.dumps(line) + "\n")
+                foreground = max(of["foreground"] for of in line["classes"])
+                alone = str(out / f"{found.stem}.png") if "mask" in settings.format and len(names) == 1 else None
+                masks.append({"query": found.query, "mask": alone, "foreground": foreground})
+                if len(rows) < PANEL_ROWS:
+                    heat = None if prior is None else panels.heat(prior)
+                    rows.append([support, panels.cell(found.image), heat, pictured(found, names)])
+    finally:
+        for writer in writers:
+            writer.close()
     if rows:
-        panels.panel(("support", "query", "prior", "prediction"), rows).save(picture_file)
+        panels.panel(("support", "query", "prior", "prediction"), rows).save(out / PANEL)
     if unread:
         raise UserError(f"{len(unread)} of {len(queries)} photographs were not segmented; the first: {unread[0]}")
     return {
         "masks": masks,
-        "files": closed,
+        "files": [str(path) for writer in writers for path in writer.shared],
         "results": str(out / RESULTS),
-        "panel": str(picture_file),
+        "panel": str(out / PANEL),
         "shots": max(c.shots for c in classes),
     }
+
+
+def line_of(found: "Found", names: Sequence[str], files: list[str]) -> dict[str, Any]:
+    """What results.jsonl says of a photograph."""
+    shares = [round(float(mask.mean()), 4) for mask in found.masks]
+    scores = [round(float(score), 4) for score in found.scores]
+    return {
+        "query": redacted(found.query),
+        "width": found.image.width,
+        "height": found.image.height,
+        "files": files,
+        "classes": [
+            {"name": name, "score": score, "foreground": share}
+            for name, score, share in zip(names, scores, shares, strict=True)
+        ],
+    }
+
+
+def pictured(found: "Found", names: Sequence[str]) -> "Image.Image":
+    """The photograph with what was found, as a cell."""
+    from pipelines import panels
+
+    if len(names) == 1:
+        return panels.overlay(found.image, found.masks[0])
+    return panels.cell(panels.overlaid(found.image, found.apart, names))
 
 
 def examples(settings: Settings) -> list[Examples]:
@@ -144,10 +169,10 @@ def examples(settings: Settings) -> list[Examples]:
     found = []
     for name, *pairs in settings.classes:
         if not pairs:
-            if not Path(name).is_file():
-                raise UserError(f"--class {name}: expected PHOTOGRAPH=MASK behind the name, or a class file")
-            found.append(Examples("", (), [], name))
+            found.append(Examples(name_of(name), (), [], name))
             continue
+        if all(Path(part).is_file() for part in name.rpartition("=")[::2]):
+            raise UserError(f"--class {name}: expected the class's name before PHOTOGRAPH=MASK")
         split = [pair.rpartition("=") for pair in pairs]
         for pair, (photograph, _, mask) in zip(pairs, split, strict=True):
             if not photograph or not mask:
@@ -157,23 +182,35 @@ def examples(settings: Settings) -> list[Examples]:
     return found
 
 
-def masks_of(settings: Settings) -> list[str]:
-    """Files of masks, which nothing may overwrite."""
-    return [*settings.mask, *(pair.rpartition("=")[2] for _, *pairs in settings.classes for pair in pairs)]
+def name_of(file: str) -> str:
+    """What the class of a class file is called; ClassEncoding.load checks the rest. Raises UserError if it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(file).is_file():
+        raise UserError(f"--class {file}: expected PHOTOGRAPH=MASK behind the name, or a class file")
+    try:
+        with safe_open(file, "np") as opened:
+            return json.loads((opened.metadata() or {})["class"])["name"]
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--class {file}: expected a class file, got another ({first_line(error)})") from None
 
 
-def listed(queries: Sequence[str]) -> list[str]:
-    """Photographs of files, folders and globs. Raises UserError for one that is not there."""
+def listed(queries: Sequence[str], out: Path) -> list[str]:
+    """Photographs of files, folders and globs, without what lies in `out`. Raises UserError for one that is not
+    there."""
     if not queries:
         raise UserError("--query: expected at least one photograph, got none")
     found: list[str] = []
     for query in queries:
         if any(sign in query for sign in "*?[") or Path(query).is_dir() or query.endswith(("/", ".tar")):
-            found += list_photographs(query, flag="--query").values()
+            inside = list_photographs(query, flag="--query").values()
+            found += [path for path in inside if is_url(path) or out.resolve() not in Path(path).resolve().parents]
             continue
         if not is_url(query) and not Path(query).exists():
             read_image(query)  # says so
         found.append(query)
+    if not found:
+        raise UserError(f"--query {queries[0]}: expected photographs beside those in --out {out}, found none")
     return found
 
 
@@ -190,7 +227,7 @@ def segmented(
     queries: Sequence[tuple[str, str]],
     batch: int,
     unread: list[str],
-) -> "Iterator[tuple[Any, np.ndarray | None]]":
+) -> "Iterator[tuple[Found, np.ndarray | None]]":
     """What each photograph shows, and the first class's prior; reasons why others cannot be read go to `unread`."""
     from pipelines.outputs import Found
 
@@ -205,29 +242,8 @@ def segmented(
             continue
         predictor.set_images([image for _, _, image in opened])
         for (path, stem, image), (logits, prior) in zip(opened, predictor.logits(classes), strict=True):
-            scores = predictor.scores(logits)
-            yield (
-                Found(path, stem, image, logits.numpy(), scores),
-                None if prior is None else prior[0].sigmoid().numpy(),
-            )
-
-
-def stems_of(queries: Sequence[str], out: Path, inputs: Sequence[str]) -> list[str]:
-    """What the files of each photograph are called, numbered where a name is taken. Raises UserError if a mask would
-    replace an input."""
-    taken = {Path(PANEL).stem}
-    given = {Path(path).resolve() for path in inputs if not is_url(path)}
-    stems = []
-    for query in queries:
-        stem = Path(query).stem
-        numbered = (f"{stem}{suffix}" for suffix in chain([""], (f"-{n}" for n in count(2))))
-        chosen = next(s for s in numbered if s not in taken)
-        path = out / f"{chosen}.png"
-        if path.resolve() in given:
-            raise UserError(f"--out {out}: the mask of {query} would overwrite the input {path}; choose another folder")
-        taken.add(chosen)
-        stems.append(chosen)
-    return stems
+            found = Found(path, stem, image, logits.numpy(), predictor.scores(logits))
+            yield found, None if prior is None else prior[0].sigmoid().numpy()
 
 
 if __name__ == "__main__":

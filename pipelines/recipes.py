@@ -142,7 +142,7 @@ class Workers:
     feed_threads: Few = 1
     """Threads of a worker that read and decode the next steps' features."""
     feed_depth: Few = 2
-    """Batches that they are ahead of the step."""
+    """How many batches are read ahead."""
     cache_memory_gb: Annotated[float, Range(0, 1e6)] = 0
     """Features that a worker keeps in memory once they are read, in GB; local stores are in the system's own cache."""
     cache_device_gb: Annotated[float, Range(0, 1e6)] = 0
@@ -150,9 +150,9 @@ class Workers:
     checkpoint_every: Count = 200
     """Steps between checkpoints; a killed run resumes from the last one."""
     checkpoint_minutes: Annotated[float, Range(0, 1e6, closed=False)] | None = None
-    """Also a checkpoint when so many minutes have passed since the last one."""
+    """Also checkpoint once this many minutes have passed since the last one."""
     checkpoints_kept: Annotated[int, Range(2, 4096)] = 2
-    """The most recent checkpoints of a run are kept, so many."""
+    """How many of the most recent checkpoints are kept."""
     worker_failures: Annotated[int, Range(0, MANY)] = 3
     """How often a worker that dies, or whose data fails, is replaced; the new one resumes from the last checkpoint."""
     seed: Seed = 0

@@ -5,20 +5,15 @@
 `python -m pipelines.predict --class cat.class` finds it in photographs. A class file belongs to its checkpoint.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from fsdino.data.masks import read_mask
 from fsdino.errors import UserError
-from fsdino.preprocess import read_image
 from pipelines import checkpoints
-from pipelines.checks import Place, Range, Weights
+from pipelines.checks import NewFile, Place, Range, Weights
 from pipelines.cli import main
-
-if TYPE_CHECKING:
-    import numpy as np
+from pipelines.examples import read_masks
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class Settings:
     """Photographs that show it."""
     mask: tuple[str, ...]
     """Their masks, in the same order."""
-    out: str
+    out: Annotated[str, NewFile()]
     """The class file, on this machine."""
     mask_value: Annotated[int, Range(0, 255)] | None = None
     """The object's value in masks of several classes; their 255 is then neither object nor background."""
@@ -43,24 +38,16 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Check the examples, encode them, write the file."""
+    if not settings.name.strip():
+        raise UserError("--name: expected what the class is called, got nothing")
     masks = read_masks(settings.support, settings.mask, settings.mask_value)
     target = Path(settings.out)
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        raise UserError(f"--out {settings.out}: expected a file in a folder that exists")
+    if target.resolve() in {Path(path).resolve() for path in (*settings.support, *settings.mask)}:
+        raise UserError(f"--out {target}: would replace one of the examples; choose another file")
     checkpoints.read_record(settings.checkpoint, "segmenter")
     predictor = checkpoints.load_predictor(settings.checkpoint, settings.encoder_weights)
     predictor.register(settings.support, masks, settings.name).save(target)
     return {"class": str(target), "name": settings.name, "shots": len(masks)}
-
-
-def read_masks(supports: Sequence[str], masks: Sequence[str], value: int | None) -> "list[np.ndarray]":
-    """Masks of photographs. Raises UserError, naming the flag, if there are none or one lacks the other."""
-    if not supports:
-        raise UserError("--support: expected at least one photograph, got none")
-    if len(supports) != len(masks):
-        raise UserError(f"--mask: expected one mask for each of the {len(supports)} supports, got {len(masks)}")
-    sizes = [read_image(path).size for path in supports]
-    return [read_mask(path, size, value) for path, size in zip(masks, sizes, strict=True)]
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def raised_on_terminate() -> Iterator[None]:
 
 
 @contextmanager
-def graceful(what: str) -> Iterator[None]:
+def graceful() -> Iterator[None]:
     """Within the block a first SIGINT or SIGTERM is kept for `asked`, a second raises Stopped. In another than the main
     thread, the block is within one of the main thread's already."""
     if threading.current_thread() is not threading.main_thread():
@@ -65,7 +65,8 @@ def graceful(what: str) -> Iterator[None]:
         _asked.append(number)
         if len(_asked) > 1:
             raise Stopped(number)
-        print(f"stopping {what}; once more to stop at once", file=sys.stderr, flush=True)
+        text = "stopping: the next steps are saved first; press again to stop at once"
+        print(text, file=sys.__stderr__, flush=True)  # the terminal's, also where a study keeps a log
 
     _asked.clear()
     before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}

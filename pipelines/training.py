@@ -34,8 +34,6 @@ from pipelines.progress import Progress, shown
 from pipelines.recipes import Device, Places, Workers
 from pipelines.runs import RunFolder
 
-FEWER = "lower --workers or --worker-cpus, or use --no-gpu"
-GRACEFULLY = "after the next steps, which are kept"
 GATHER_EVERY = 10  # steps whose losses stay on the device, and between looks at requests to stop
 
 
@@ -99,14 +97,14 @@ def train(
     """
     each = _of_worker(workers, device)
     what = f"{workers.workers} workers of {' and '.join(f'{amount:g} {kind}' for kind, amount in each.items())}"
-    cluster.connect(resources(workers, device), what, FEWER)
+    cluster.connect(resources(workers, device), what, fewer(device))
     cluster.check_shared([run_folder.url])
     with locked(open_folder(run_folder.url)) as lock:
         begun = run_folder.begun()
         run_id = begun["run_id"] if begun else None
         with (
             tracking.running(places.tracking_uri, run_folder.about, run_id, run_folder.outbox) as run,
-            stopping.graceful(GRACEFULLY),
+            stopping.graceful(),
         ):
             run_folder.write(run.run_id)
             # On the driver's node, as Ray Train's controller: a lost node must not take it along.
@@ -131,11 +129,17 @@ def train(
                 stopping.check()
         lock.check()
         run_folder.write(run.run_id, closed=not run.unsent)
+    stopping.check()
 
 
 def resources(workers: Workers, device: Device) -> dict[str, float]:
     """What a training asks of the cluster."""
     return {kind: amount * workers.workers for kind, amount in _of_worker(workers, device).items()}
+
+
+def fewer(device: Device) -> str:
+    """What to do where a cluster has less."""
+    return "lower --workers or --worker-cpus" + (", or use --no-gpu" if device.gpu else "")
 
 
 def _of_worker(workers: Workers, device: Device) -> dict[str, float]:

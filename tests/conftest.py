@@ -22,7 +22,7 @@ VOC = DATA / "VOCdevkit" / "VOC2012"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the whole way, which share its results and one Ray."""
+    """Mark the end-to-end tests, which share results and one Ray."""
     for item in items:
         if "whole_run" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.commands)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from feature_store import Fingerprint, Row, create
-from pipelines import evaluate, extract_features, extract_teacher, predict, train_episodic
+from pipelines import evaluate, extract_features, extract_teacher, outputs, predict, train_episodic
 from pipelines.cli import main, parse
 from pipelines.recipes import RECIPES
 
@@ -145,12 +145,14 @@ def test_a_mask_never_replaces_an_input(capsys, photo, tmp_path):
     query = tmp_path / "mask.jpg"
     query.write_bytes(photo.read_bytes())
     line = mistake(capsys, predict, *prediction(photo, mask, query), "--out", tmp_path)
-    assert f"the mask of {query} would overwrite the input {mask}" in line
+    assert f"what is written for {query} would overwrite the input {mask}" in line
 
 
 def test_masks_of_equal_names_are_numbered_and_spare_the_panel(tmp_path):
-    paths = predict.mask_paths(("a.jpg", "b/a.png", "a-2.jpg", "panel.jpg"), tmp_path, ())
-    assert [p.name for p in paths] == ["a.png", "a-2.png", "a-2-2.png", "panel-2.png"]
+    made = outputs.writers(["mask", "labels", "yolo"], tmp_path, ["cat"], False)
+    queries = ["a.jpg", "b/a.png", "a-2.jpg", "panel.jpg", "a_labels.jpg", "classes.jpg"]
+    names = outputs.stems(queries, made, [tmp_path / "panel.png"], [])
+    assert names == ["a", "a-2", "a-2-2", "panel-2", "a_labels-2", "classes-2"]
 
 
 def test_no_query_at_all(capsys, photo, tmp_path):

@@ -13,7 +13,7 @@ from pipelines.feeding import Feed, Kept, feeds, unpacked
 CPU, GRID, CHANNELS, ROWS = torch.device("cpu"), 3, 70, 40
 
 
-def stored(folder, dtype):
+def stored(folder, dtype, channels=CHANNELS):
     fingerprint = Fingerprint(
         "late",
         "m",
@@ -22,13 +22,13 @@ def stored(folder, dtype):
         "none",
         res_px=42,
         grid=GRID,
-        channels=CHANNELS,
+        channels=channels,
         view_seed=0,
         preprocessing="p",
         dtype=dtype,
     )
     writer = create(str(folder / dtype), fingerprint, [Row(str(i), 0, "-") for i in range(ROWS)])
-    features = np.random.default_rng(0).normal(size=(ROWS, GRID, GRID, CHANNELS)).astype(np.float32)
+    features = np.random.default_rng(0).normal(size=(ROWS, GRID, GRID, channels)).astype(np.float32)
     for shard in writer.missing():
         part = features[shard * 32 : (shard + 1) * 32]
         writer.write(shard, part, [(42, 42)] * len(part))
@@ -107,10 +107,12 @@ def test_a_feed_brings_the_stores_features_whatever_its_tiers_hold(store, memory
         assert np.array_equal(found.astype(store.dtype), store.read(rows))
 
 
-def test_a_store_that_fits_is_read_once_and_the_memory_is_shared_by_size(store, monkeypatch):
-    small, large = feeds((store, store), CPU, memory_gb=2 * ROWS * store.sample_bytes / 1e9)
+def test_stores_that_just_fit_are_read_once_as_the_memory_is_shared_by_size(tmp_path, monkeypatch):
+    two = [stored(tmp_path / str(channels), "float16", channels) for channels in (8, 64)]
     every = [str(row) for row in range(ROWS)]
-    for feed in (small, large):
-        feed.rows(every, [0] * ROWS)
-    monkeypatch.setattr(store, "read", None)
-    assert np.array_equal(small.rows(["7"], [0]), large.rows(["7"], [0]))
+    for gb in (ROWS * (8 + 64) * GRID * GRID * 2 / 1e9, 1000):  # no more is reserved than they hold
+        for feed, store in zip(feeds(two, CPU, memory_gb=gb), two, strict=True):
+            before = feed.rows(every, [0] * ROWS)
+            with monkeypatch.context() as patched:
+                patched.setattr(store, "read", None)
+                assert torch.equal(feed.rows(every, [0] * ROWS), before)

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
+from scipy import ndimage
 
-from pipelines.outputs import Found, outline, parts, writers
+from fsdino.errors import UserError
+from pipelines import panels
+from pipelines.outputs import Found, outline, parts, stems, writers
 
 HEIGHT, WIDTH = 60, 90
 NAMES = ["cat", "left dog"]
@@ -32,8 +35,13 @@ def found():
 
 def written(found, tmp_path, *formats, instances=False, times=1):
     made = writers(formats, tmp_path, NAMES, instances)
-    files = [path for _ in range(times) for writer in made for path in writer.add(found)]
-    return files, [path for writer in made for path in writer.close()]
+    for writer in made:
+        for _ in range(times):
+            writer.add(found)
+        writer.close()
+    paths = [path for writer in made for path in (*writer.paths(found.stem), *writer.shared)]
+    assert sorted(paths) == sorted(tmp_path.iterdir())
+    return [path for writer in made for path in writer.paths(found.stem)], [p for w in made for p in w.shared]
 
 
 def test_a_mask_of_each_class_is_black_and_white(found, tmp_path):
@@ -111,7 +119,8 @@ def test_outlines_of_yolo_drawn_anew_are_the_masks_without_their_holes(found, tm
 def test_an_outline_of_a_rectangle_at_the_border_follows_its_sides():
     part = np.zeros((10, 20), bool)
     part[6:, 15:] = True
-    points = outline(part) * (20, 10)
+    ((place, cut),) = parts(part, instances=True)
+    points = outline(place, cut, part.shape) * (20, 10)
     assert points[:, 0].min() == 15 and points[:, 0].max() == 20 and points[:, 1].max() == 10
     assert points[:, 1].min() == 6
 
@@ -121,15 +130,60 @@ def test_a_class_that_is_nowhere_has_no_object_and_a_line_for_nothing(tmp_path):
     files, (annotations, _) = written(nothing, tmp_path, "mask", "labels", "overlay", "coco", "yolo")
     assert json.loads(annotations.read_text())["annotations"] == [] and (tmp_path / "b.txt").read_text() == ""
     assert not np.array(Image.open(tmp_path / "b_labels.png")).any() and all(path.exists() for path in files)
-    assert parts(np.zeros((3, 3), bool), instances=True) == parts(np.zeros((3, 3), bool), instances=False) == []
+    assert not [*parts(np.zeros((3, 3), bool), instances=True), *parts(np.zeros((3, 3), bool), instances=False)]
 
 
-def test_an_overlay_tints_the_masks_and_leaves_the_rest(found, tmp_path):
-    (path,), _ = written(found, tmp_path, "overlay")
-    with Image.open(path) as picture:
-        assert picture.size == (WIDTH, HEIGHT)
-        shown = np.array(picture, float)
-    before, (cat, dog) = np.array(found.image, float), drawn()
-    outside = ~(cat | dog)
-    outside[:40] = False  # captions
-    assert np.abs(shown - before)[outside].mean() < np.abs(shown - before)[cat & ~dog].mean()
+def test_an_overlay_tints_the_masks_outlines_them_and_leaves_the_rest(found):
+    cat, dog = drawn()
+    bare = np.array(panels.overlaid(found.image, found.apart, ["", ""]), float)
+    before = np.array(found.image, float)
+    captions = np.zeros((HEIGHT, WIDTH), bool)  # of nothing: small boxes over each mask
+    for mask in found.apart:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        captions[max(0, rows[0] - 12) : rows[0] + 12, columns[0] : columns[0] + 12] = True
+    assert np.array_equal(bare[~(cat | dog | captions)], before[~(cat | dog | captions)])
+    for number, mask in enumerate(found.apart):
+        inside = ndimage.binary_erosion(mask, iterations=3) & ~captions
+        tinted = (1 - panels.TINT) * before + panels.TINT * np.array(panels.COLOURS[number])
+        assert inside.any() and np.abs(bare[inside] - tinted[inside]).max() <= 1
+        edge = mask & ~ndimage.binary_erosion(mask, border_value=1) & ~captions
+        assert (bare[edge] == panels.COLOURS[number]).all()
+    captioned = np.array(panels.overlaid(found.image, found.apart, ["cat 0.88", "dog 0.95"]), float)
+    assert not np.array_equal(captioned, bare)
+
+
+def test_label_pictures_of_many_classes_keep_their_numbers(tmp_path):
+    names = [f"class {n}" for n in range(20)]
+    logits = np.full((20, 5, 20), -1, np.float32)
+    for n in range(20):
+        logits[n, :, n] = 1
+    writer = writers(["labels"], tmp_path, names, False)[0]
+    writer.add(Found("a.jpg", "a", Image.new("RGB", (20, 5)), logits, np.ones(20)))
+    with Image.open(tmp_path / "a_labels.png") as picture:
+        assert np.array_equal(np.array(picture)[0], np.arange(1, 21))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["cat", "cat"], "--class cat: a class called cat is there already"),
+        (["a/b", "a b"], "--class a b: a class called a/b is there already"),
+        (["cat", " "], "expected a class with a name"),
+    ],
+)
+def test_classes_whose_files_could_not_be_told_apart_are_refused(names, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        writers(["mask"], tmp_path, names, False)
+
+
+def test_nothing_that_is_written_replaces_an_input_or_another_file(tmp_path):
+    two = writers(["mask", "labels", "coco"], tmp_path, ["cat", "labels"], False)
+    with pytest.raises(UserError, match="--format: two of them write a_labels"):
+        stems(["a.jpg"], two, [], [])
+    made = writers(["mask", "coco"], tmp_path, ["cat", "dog"], False)
+    assert stems(["a.jpg", "b/a.jpg", "a_cat.jpg"], made, [], []) == ["a", "a-2", "a_cat"]
+    for given in ("a_cat.png", "annotations.json", "panel.png"):
+        with pytest.raises(UserError, match=f"would overwrite the input .*{given}"):
+            stems(["a.jpg"], made, [tmp_path / "panel.png"], [str(tmp_path / given)])
+    only_coco = writers(["coco"], tmp_path, ["cat"], False)
+    assert stems(["a.png"], only_coco, [], [str(tmp_path / "a.png")]) == ["a"]

@@ -14,7 +14,7 @@ from pipelines.recipes import RECIPES
 
 COMMANDS = (
     "extract_teacher extract_features distill bake_embeddings train_episodic evaluate predict report analyze_layers "
-    "generate_shapes reproduce demo check_data"
+    "generate_shapes reproduce demo check_data register"
 ).split()
 SECRET = "hunter2"
 NUMBERS = ("0", "-1", "1" + "0" * 30, "nan", "inf", "1e400")
@@ -22,6 +22,7 @@ NEEDED = {
     "train_episodic": ["--fold", "0"],
     "evaluate": ["--fold", "0"],
     "predict": ["--checkpoint", "c", "--support", "a.jpg", "--mask", "a.png", "--query", "b.jpg"],
+    "register": "--checkpoint c --name n --support a.jpg --mask a.png --out c.class".split(),
 }
 
 
@@ -116,7 +117,7 @@ def test_every_place_refuses_what_it_cannot_be_and_tells_no_secret(capsys, tmp_p
 
 NO_PLACES = {
     *("--recipe", "--encoder", "--teacher", "--protocol", "--name", "--model-name", "--dataset", "--sam-decoder"),
-    *("--support", "--mask", "--query", "--panel", "--plot"),
+    *("--support", "--mask", "--query", "--panel", "--plot", "--classes", "--out"),
 }
 """Strings that are names, and files whose own checks are below: photographs may be at signed addresses."""
 
