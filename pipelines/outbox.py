@@ -26,7 +26,7 @@ class Unsent:
     trained_by: str = ""
     """The run whose registered models get this one's scores, once it has ended."""
     status: str = ""
-    """FINISHED or FAILED; empty while the run goes on."""
+    """FINISHED, FAILED or KILLED; empty while the run goes on."""
 
     def __bool__(self) -> bool:
         return bool(self.points or self.files or self.series or self.folders or self.status)
