@@ -282,7 +282,8 @@ def test_a_photograph_that_cannot_be_read_costs_no_other_its_mask(whole_run, sha
     where = ["--checkpoint", whole_run["4d"]["checkpoint"], "--support", support, "--mask", tmp_path / "mask.png"]
     with pytest.raises(UserError, match=r"1 of 2 photographs were not segmented; the first: .*broken\.jpg: expected a"):
         run("predict", *where, "--query", tmp_path / "broken.jpg", support, "--out", tmp_path / "masks")
-    assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["panel.png", "shapes_000004.png"]
+    written = sorted(p.name for p in (tmp_path / "masks").iterdir())
+    assert written == ["panel.png", "results.jsonl", "shapes_000004.png"]
 
 
 def test_a_run_with_other_settings_is_not_overwritten(whole_run, places):

@@ -121,7 +121,8 @@ def test_a_registry_that_does_not_answer_costs_a_note_and_a_rerun_registers(whol
 def test_a_served_model_answers(whole_run, places, asked, tmp_path):
     port = free_port()
     line = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", MODEL, "--port", str(port)]
-    environ = os.environ | {"MLFLOW_TRACKING_URI": str(places["--tracking-uri"])}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow calls uvicorn by its name
+    environ = os.environ | {"MLFLOW_TRACKING_URI": str(places["--tracking-uri"]), "PATH": path}
     server = subprocess.Popen([*line, "--env-manager", "local"], cwd=tmp_path, env=environ, start_new_session=True)
     try:
         answer = None

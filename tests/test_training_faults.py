@@ -168,6 +168,7 @@ def two_nodes():
         for node in alive:
             with suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
 
 
 def test_a_training_on_two_nodes_survives_the_loss_of_one(whole_run, places):
