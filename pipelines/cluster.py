@@ -45,7 +45,7 @@ def connect(wanted: Mapping[str, float], job: str, cure: str) -> None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
             raise ClusterFault(error) from error
-        if threading.current_thread() is threading.main_thread():
+        if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's would end with its number for an exit code
     with faults():
         check(ray.cluster_resources())
