@@ -25,6 +25,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def wait_for_port(port: int, seconds: float = 180) -> None:
+    """Until a server answers there; a busy machine may take a minute to start one."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"no server at port {port} after {seconds:g} s")
+
+
 @contextmanager
 def s3_server() -> Iterator[str]:
     """moto's server as a process of its own. Yields its address."""
@@ -35,11 +46,7 @@ def s3_server() -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(150):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
+        wait_for_port(port)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
@@ -55,11 +62,7 @@ def mlflow_server(folder: Path, port: int, artifacts: str | None = None) -> Iter
     with open(folder / "server.log", "a") as log:
         server = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
     try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
+        wait_for_port(port)
         yield server
     finally:
         with suppress(ProcessLookupError):
