@@ -14,7 +14,6 @@ from pipelines import checkpoints, cluster, stopping, tracking, train_episodic, 
 from pipelines.runs import RunFolder, flat
 
 MEASURES = ("loss", "best_val_miou", "seconds_per_step")
-Trained = dict[int, dict[str, Any]]
 
 
 def train(settings: train_episodic.Settings, folds: range) -> dict[str, Any]:
