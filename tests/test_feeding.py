@@ -116,3 +116,19 @@ def test_stores_that_just_fit_are_read_once_as_the_memory_is_shared_by_size(tmp_
             with monkeypatch.context() as patched:
                 patched.setattr(store, "read", None)
                 assert torch.equal(feed.rows(every, [0] * ROWS), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("memory, device", [(0, 0), (3000, 2000), (10**6, 0), (0, 10**6)])
+def test_on_a_gpu_threads_get_the_stores_features_whatever_its_tiers_hold(store, memory, device):
+    feed = Feed(store, torch.device("cuda"), memory, device)
+
+    def differences(seed):
+        rows = np.random.default_rng(seed).integers(0, ROWS, 9).tolist()
+        found = feed.rows([str(row) for row in rows], [0] * 9)
+        assert found.device.type == "cuda"
+        return np.abs(found.movedim(1, -1).cpu().numpy().astype(store.dtype) - store.read(rows)).max()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(differences, range(40))) == 0

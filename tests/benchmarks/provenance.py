@@ -5,11 +5,11 @@ import platform
 import time
 from pathlib import Path
 
-from pipelines.tracking import commit
-
 
 def provenance(command: str, machine: str | None = None) -> str:
     """Command, commit, date, machine and Python, as the beginning of a sentence."""
+    from pipelines.tracking import commit  # loads MLflow, which bench_gpu's machine need not have
+
     machine = machine or f"{os.cpu_count()} cores of {processor()}"
     return f"`{command}` at commit {commit()}, {time.strftime('%F')}, {machine}, Python {platform.python_version()}"
 
