@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fsdino import paper
+from fsdino.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,15 @@ class SegmenterConfig:
     similarity: Literal["cosine", "unit"] = "cosine"
     """The similarity map that is added to the correlation: as it is (cosine, the paper's), or scaled, and without
     `contrast` centred, to unit variance within its image (unit)."""
+    neighbours: bool = False
+    """Add to the dense prompt what the support positions nearest to each query position say; off: the paper's."""
+    self_support: bool = False
+    """With `neighbours`: let the query's own positions then vote for those that resemble them; off: the paper's."""
+    fuse: bool = False
+    """Add the dense prompt's logits to the decoder's; off: the paper's, where the decoder has the last word."""
+    upscaling: Literal["transposed", "bilinear"] = "transposed"
+    """How the decoder enlarges: by SAM's transposed convolutions, or bilinear behind convolutions, for a decoder that
+    starts at random."""
     start: Literal["pytorch", "he"] = "he"
     """Initial weights of the correlation's layers: PyTorch's default, which the paper does not change, or He's, without
     which a fresh prior is the same all over the image."""
@@ -38,6 +48,13 @@ class SegmenterConfig:
     def sam_extras(self) -> bool:
         """Whether SAM's IoU head and three further mask tokens are kept, which its checkpoint needs."""
         return self.sam_decoder is not None
+
+    def check(self) -> None:
+        """Raises UserError for switches that exclude each other."""
+        if self.self_support and not self.neighbours:
+            raise UserError("--self-support: corrects what --neighbours finds; turn that on as well, or this off")
+        if self.sam_decoder is not None and self.upscaling != "transposed":
+            raise UserError("--upscaling bilinear: SAM's decoder has transposed convolutions; leave out --sam-decoder")
 
 
 @dataclass(frozen=True)
@@ -49,3 +66,5 @@ class SegmenterShape:
     grid: int
     """Side of the feature grid, in positions."""
     embedding_channels: int = paper.EMBEDDING_CHANNELS
+    late_groups: tuple[int, ...] = ()
+    """Channels of each group of the late features (stages of a CNN), in their order; none: one group."""

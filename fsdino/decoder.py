@@ -5,6 +5,7 @@ pairs; ours takes one embedding per prompt. The transformer and the small blocks
 """
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,15 @@ def mask_downscaling(channels: int, hidden: int = paper.SAM_MASK_CHANNELS) -> nn
     )
 
 
+class _Smooth(nn.Sequential):
+    """A 3x3 convolution, enlarged bilinearly: no position of a block of the enlarged map is unlike the others, which
+    transposed convolutions have to learn, and show as a chequered pattern until they did."""
+
+    def __init__(self, in_channels: int, out_channels: int, _: int, stride: int):
+        enlarge = nn.Upsample(scale_factor=stride, mode="bilinear", align_corners=False)
+        super().__init__(nn.Conv2d(in_channels, out_channels, 3, padding=1), enlarge)
+
+
 class MaskDecoder(nn.Module):
     """One mask per (embedding, prompt) pair. 4,058,340 parameters with SAM's extras, 3,505,536 without.
 
@@ -60,17 +70,19 @@ class MaskDecoder(nn.Module):
         heads: int = paper.SAM_DECODER_HEADS,
         mlp_dim: int = paper.SAM_DECODER_MLP,
         sam_extras: bool = True,
+        upscaling: Literal["transposed", "bilinear"] = "transposed",
     ):
         super().__init__()
         num_masks = 4 if sam_extras else 1
         self.transformer = TwoWayTransformer(depth=depth, embedding_dim=channels, num_heads=heads, mlp_dim=mlp_dim)
         self.iou_token = nn.Embedding(1, channels)
         self.mask_tokens = nn.Embedding(num_masks, channels)
+        enlarge = nn.ConvTranspose2d if upscaling == "transposed" else _Smooth
         self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(channels, channels // 4, 2, stride=2),
+            enlarge(channels, channels // 4, 2, stride=2),
             LayerNorm2d(channels // 4),
             nn.GELU(),
-            nn.ConvTranspose2d(channels // 4, channels // 8, 2, stride=2),
+            enlarge(channels // 4, channels // 8, 2, stride=2),
             nn.GELU(),
         )
         self.output_hypernetworks_mlps = nn.ModuleList(

@@ -179,9 +179,10 @@ class TimmVitEncoder(_VitEncoder):
 
 
 class EfficientNetLiteEncoder(nn.Module):
-    """EfficientNet-Lite on the stride-16 grid: `early` is the stride-8 stage, `late` the stride-16 and -32 stages.
+    """EfficientNet-Lite on the stride-16 grid: `early` is the stride-8 stage, `late` the two stages each of strides 16
+    and 32.
 
-    Each stage is L2-normalised over its channels, so both halves of `late` weigh the same in a cosine.
+    Each stage is L2-normalised over its channels, so all parts of `late` weigh the same in a cosine.
     """
 
     mean = std = (0.5, 0.5, 0.5)
@@ -190,27 +191,34 @@ class EfficientNetLiteEncoder(nn.Module):
     def __init__(self, model_name: str):
         super().__init__()
         self.name = model_name
-        self.net = timm.create_model(model_name, pretrained=False, features_only=True)
+        self.net = timm.create_model(model_name, pretrained=False, num_classes=0)
         self.net.load_state_dict(efficientnet_lite_state(model_name, self.net))
         self.net.eval().requires_grad_(False)
 
     def forward(self, x: Float[Tensor, "b 3 r r"]) -> Features:
         """Features of a normalised batch."""
-        _, _, s8, s16, s32 = self.net(x)
-        size = s16.shape[-2:]
-        s32 = F.interpolate(s32, size=size, mode="bilinear", align_corners=False)
-        early = F.adaptive_avg_pool2d(s8, size)
-        late = torch.cat([F.normalize(s16, dim=1), F.normalize(s32, dim=1)], dim=1)
-        return Features(F.normalize(early, dim=1), late)
+        _, _, stride8, *stages = self._stages(x)
+        size = stages[0].shape[-2:]
+        stages = [F.interpolate(s, size=size, mode="bilinear", align_corners=False) for s in stages]
+        early = F.adaptive_avg_pool2d(stride8, size)
+        return Features(F.normalize(early, dim=1), torch.cat([F.normalize(s, dim=1) for s in stages], dim=1))
 
     def early(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b c g g"]:
         """The early features alone."""
         return self(x).early
 
     def layer_maps(self, x: Float[Tensor, "b 3 r r"]) -> dict[str, Tensor]:
-        """Every stage's output on its own grid, called by its stride."""
-        strides = self.net.feature_info.reduction()
-        return {f"stride {stride}": stage for stride, stage in zip(strides, self.net(x), strict=True)}
+        """The output of each group of blocks on its own grid, called by its number and its stride."""
+        strides = (2, 4, 8, 16, 16, 32, 32)
+        return {f"blocks {n}, stride {strides[n]}": stage for n, stage in enumerate(self._stages(x))}
+
+    def _stages(self, x: Tensor) -> list[Tensor]:
+        """What each of the seven groups of blocks puts out."""
+        x, found = self.net.bn1(self.net.conv_stem(x)), []
+        for blocks in self.net.blocks:
+            x = blocks(x)
+            found.append(x)
+        return found
 
 
 def build_encoder(

@@ -26,6 +26,7 @@ from fsdino import paper
 from fsdino.data.masks import read_mask
 from fsdino.encoder import Encoder, Features, encoder_of_checkpoint, to_input
 from fsdino.errors import UserError
+from fsdino.neighbours import Annotated, padded
 from fsdino.preprocess import Source, read_image, resize_square, to_rgb
 from fsdino.prompts import mask_to_grid
 from fsdino.segmenter import Segmenter, SupportEncoding
@@ -58,7 +59,10 @@ class ClassEncoding:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, with name, shots and segmenter in its header."""
-        state = {key: value.cpu().contiguous() for key, value in self.support._asdict().items() if value is not None}
+        state = {key: value for key, value in self.support._asdict().items() if isinstance(value, Tensor)}
+        if self.support.annotated is not None:
+            state |= self.support.annotated._asdict()
+        state = {key: value.cpu().contiguous() for key, value in state.items()}
         record = {"name": self.name, "shots": self.shots, "segmenter": self.segmenter}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(state, path, metadata={"class": json.dumps(record)})
@@ -70,7 +74,10 @@ class ClassEncoding:
             with safe_open(path, "pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
                 record = json.loads((file.metadata() or {})["class"])
-            support = SupportEncoding(state["prototype"], state["prompt"], state.get("kernel"))
+            positions = None
+            if "features" in state:
+                positions = Annotated(*(state[key] for key in Annotated._fields))
+            support = SupportEncoding(state["prototype"], state["prompt"], state.get("kernel"), positions)
             return cls(record["name"], record["shots"], support, record["segmenter"])
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(f"{path}: expected a class file, found none; write it with ClassEncoding.save") from None
@@ -193,10 +200,12 @@ class Predictor:
             )
         supports = [c.support for c in classes]
         kernels = [s.kernel for s in supports if s.kernel is not None]
+        positions = [s.annotated for s in supports if s.annotated is not None]
         return SupportEncoding(
             prototype=torch.cat([s.prototype for s in supports]).to(self.device),
             prompt=torch.cat([s.prompt for s in supports]).to(self.device),
             kernel=torch.cat(kernels).to(self.device) if kernels else None,
+            annotated=Annotated(*(x.to(self.device) for x in padded(positions))) if positions else None,
         )
 
     def _features(self, images: Sequence[Image.Image]) -> Features:

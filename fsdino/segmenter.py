@@ -19,6 +19,7 @@ from fsdino.config import SegmenterConfig, SegmenterShape
 from fsdino.correlation import CorrelationPrior
 from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
 from fsdino.errors import UserError
+from fsdino.neighbours import Annotated, NeighbourPrior
 from fsdino.prompts import (
     SemanticVisualPrompt,
     contrast_prototype,
@@ -35,6 +36,20 @@ class SupportEncoding(NamedTuple):
     prototype: Float[Tensor, "b c"]
     prompt: Float[Tensor, "b t e"]
     kernel: Float[Tensor, "b k c"] | None
+    annotated: Annotated | None = None
+    """The positions themselves, for `neighbours`."""
+
+    def expand(self, queries: int) -> "SupportEncoding":
+        """For so many queries: one class for all of them, or already one for each."""
+
+        def expanded(part: Tensor) -> Tensor:
+            return part.expand(queries, *part.shape[1:])
+
+        *parts, annotated = self
+        return SupportEncoding(
+            *(None if part is None else expanded(part) for part in parts),
+            annotated=None if annotated is None else Annotated(*map(expanded, annotated)),
+        )
 
 
 class Prediction(NamedTuple):
@@ -49,6 +64,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, config: SegmenterConfig, shape: SegmenterShape):
         super().__init__()
+        config.check()
         self.config, self.shape = config, shape
         self.origin: dict[str, Any] = {}  # what a checkpoint's record says beyond the config: encoder, fold, training
         width = shape.embedding_channels
@@ -64,11 +80,15 @@ class Segmenter(nn.Module):
                 similarity=config.similarity,
                 start=config.start,
             )
+        self.neighbours = None
+        if config.neighbours:
+            groups = shape.late_groups or (shape.late_channels,)
+            self.neighbours = NeighbourPrior(groups, self_support=config.self_support)
         direct = config.variant == "compact" or config.refine
         self.similarity_scale = nn.Parameter(torch.tensor(paper.SIMILARITY_SCALE)) if direct else None
         self.mask_downscaling = mask_downscaling(width)
         self.positional_encoding = PositionalEncoding(width)
-        self.decoder = MaskDecoder(width, sam_extras=config.sam_extras)
+        self.decoder = MaskDecoder(width, sam_extras=config.sam_extras, upscaling=config.upscaling)
 
     def embed(self, early: Float[Tensor, "b c g g"]) -> Float[Tensor, "b e g g"]:
         """The stand-in for SAM's image embedding; training reads it baked from the feature store."""
@@ -83,7 +103,8 @@ class Segmenter(nn.Module):
         """Encode K shots of B classes. `masks` are 0/1 at any size; each needs at least one set pixel. `void`, of the
         same size, is 1 on pixels that are neither the class nor its background.
 
-        Every part is the mean over shots of single-shot encodings, so K copies of one support equal one.
+        Every part but the annotated positions is the mean over shots of single-shot encodings, so K copies of one
+        support equal one.
         """
         batch, shots = late.shape[:2]
         flat = late.flatten(0, 1)
@@ -107,7 +128,11 @@ class Segmenter(nn.Module):
         kernel = None
         if self.correlation is not None:
             kernel = mean_over_shots(self.correlation.kernel(flat, weights, rest))
-        return SupportEncoding(mean_over_shots(prototype), prompt, kernel)
+        annotated = None
+        if self.neighbours is not None:
+            shares = (x.unflatten(0, (batch, shots)) for x in (weights, 1 - weights if rest is None else rest))
+            annotated = self.neighbours.annotated(late, *shares)
+        return SupportEncoding(mean_over_shots(prototype), prompt, kernel, annotated)
 
     def segment(
         self, late: Float[Tensor, "b c g g"], embedding: Float[Tensor, "b e g g"], support: SupportEncoding
@@ -122,9 +147,19 @@ class Segmenter(nn.Module):
         if self.correlation is not None:
             assert support.kernel is not None
             dense_logits = dense_logits + self.correlation(support.kernel, late, similarity)
+        if self.neighbours is not None:
+            assert support.annotated is not None
+            on_grid = F.adaptive_avg_pool2d(dense_logits, late.shape[-1])
+            found = self.neighbours(support.annotated, late, on_grid)
+            dense_logits = dense_logits + F.interpolate(
+                found, scale_factor=paper.PRIOR_UPSCALE, mode="bilinear", align_corners=False
+            )
         dense = self.mask_downscaling(dense_logits)
         mask = self.decoder(embedding, self.positional_encoding(late.shape[-1]), support.prompt, dense)
-        return Prediction(prior_logits=None if self.correlation is None else dense_logits, mask_logits=mask)
+        if self.config.fuse:
+            mask = mask + dense_logits
+        is_prior = self.correlation is not None or self.neighbours is not None
+        return Prediction(prior_logits=dense_logits if is_prior else None, mask_logits=mask)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """As `save`, by the name that the ecosystem knows it by; with what it was loaded with."""
@@ -156,7 +191,9 @@ class Segmenter(nn.Module):
         """The saved segmenter in eval mode, and its JSON record. Raises UserError if the folder is no checkpoint."""
         state, record = checkpoint.read(folder, "segmenter")
         try:
-            model = cls(SegmenterConfig(**record["config"]), SegmenterShape(**record["shape"]))
+            groups = tuple(record["shape"].get("late_groups", ()))  # JSON has lists
+            shape = SegmenterShape(**record["shape"] | {"late_groups": groups})
+            model = cls(SegmenterConfig(**record["config"]), shape)
             model.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError) as error:
             first = str(error).splitlines()[0]

@@ -20,6 +20,8 @@ class Layer:
     norm: Norm
     """What is applied behind it: the network's final norm, L2 or layer norm over channels, or nothing."""
     channels: int
+    groups: tuple[int, ...] = ()
+    """Channels of each of the stages that it is made of; none: of one."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ DINOV3 = {
 }
 TINY_VIT = Vit("", 48, 4, 14)
 LITE = {
-    "tf_efficientnet_lite0": (40, 112, 320),
-    "tf_efficientnet_lite1": (40, 112, 320),
-    "tf_efficientnet_lite2": (48, 120, 352),
+    "tf_efficientnet_lite0": (40, 80, 112, 192, 320),
+    "tf_efficientnet_lite1": (40, 80, 112, 192, 320),
+    "tf_efficientnet_lite2": (48, 88, 120, 208, 352),
 }
-"""EfficientNet-Lite's channels at strides 8, 16 and 32."""
+"""EfficientNet-Lite's channels behind its blocks 2 (stride 8), 3 and 4 (16), 5 and 6 (32)."""
 SAM = {"sam_vit_h": "vit_h", "sam_vit_l": "vit_l", "sam_vit_b": "vit_b"}
 """Our names of SAM's sizes to segment-anything's."""
 
@@ -107,8 +109,9 @@ def encoder_spec(name: str, early_norm: bool = False, late_norm: bool = True) ->
         raise UserError(f"--encoder {name}: no such encoder; known are {known}")
     if early_norm or not late_norm:
         raise UserError(f"--early-norm, --no-late-norm: {name} has no final norm to apply or to leave out")
-    stride8, stride16, stride32 = LITE[name]
-    return EncoderSpec(name, 16, Layer("stride8", "l2", stride8), Layer("stride16+stride32", "l2", stride16 + stride32))
+    stride8, *stages = LITE[name]
+    late = Layer("blocks3+blocks4+blocks5+blocks6", "l2", sum(stages), tuple(stages))
+    return EncoderSpec(name, 16, Layer("stride8", "l2", stride8), late)
 
 
 def teacher_spec(name: str) -> TeacherSpec:
@@ -118,5 +121,5 @@ def teacher_spec(name: str) -> TeacherSpec:
     if name == "tiny_sam":
         return TeacherSpec(name, 16, Layer("neck", "none", 32), 128)
     if name in LITE:
-        return TeacherSpec(name, 32, Layer("stride32", "channel", LITE[name][2]), None)
+        return TeacherSpec(name, 32, Layer("stride32", "channel", LITE[name][-1]), None)
     raise UserError(f"--teacher {name}: no such teacher; known are {', '.join([*SAM, *LITE, 'tiny_sam'])}")

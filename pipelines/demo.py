@@ -16,10 +16,8 @@ from fsdino.errors import UserError
 from pipelines import sequence
 from pipelines.checks import Count, Few, Fold, Folder, Seed
 from pipelines.cli import main
-from pipelines.recipes import Device, Distillation, offline_recipe
+from pipelines.recipes import demo_recipe
 from pipelines.sequence import Step, Study, score_title
-
-RES_PX, COARSE_PX = 256, 128
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,8 @@ def job(settings: Settings) -> dict[str, Any]:
 
 
 def study_of(settings: Settings, out: Path) -> Study:
-    """The offline recipe at 256 px on the generated images."""
-    recipe = offline_recipe()
+    """The demo's recipe on the generated images."""
+    recipe = demo_recipe()
     places = replace(
         recipe.places,
         data=str(out / "shapes"),
@@ -88,15 +86,15 @@ def study_of(settings: Settings, out: Path) -> Study:
         tracking_uri=f"sqlite:///{out / 'mlflow.db'}",
     )
     return Study(
-        recipe="offline",
+        recipe="demo",
         places=places,
         photographs=recipe.photographs,
-        backbone=replace(recipe.backbone, res=RES_PX),
+        backbone=recipe.backbone,
         teaching=recipe.teaching,
         extraction=recipe.extraction,
         workers=replace(recipe.workers, seed=settings.seed),
-        device=Device(),  # at this size fp32 is no slower than bf16, and faster on CPUs without AMX
-        distillation=Distillation(distill_res=(COARSE_PX, RES_PX), distill_epochs=3),
+        device=recipe.device,
+        distillation=recipe.distillation,
         model=recipe.model,
         benchmark=recipe.benchmark,
         episodic=replace(recipe.episodic, steps=settings.steps),

@@ -50,10 +50,9 @@ class Trained:
         """See Method."""
         assert query is not None
         joint = self.segmenter.config.adapter == "joint"
-        parts = (part if part is None else part.expand(len(late), *part.shape[1:]) for part in encoding)
         with self.precision():
             embedding = self.segmenter.embed(query) if joint else query
-            return self.segmenter.segment(late, embedding, type(encoding)(*parts))
+            return self.segmenter.segment(late, embedding, encoding.expand(len(late)))
 
 
 @dataclass(frozen=True)

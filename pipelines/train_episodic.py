@@ -22,6 +22,7 @@ from fsdino.data.episodes import EpisodeSampler
 from fsdino.data.protocols import Protocol
 from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
+from fsdino.specs import encoder_spec
 from fsdino.weights import weights_digest
 from pipelines import checkpoints, datasets, stores
 from pipelines.checks import FoldOrAll, Place, Weights, check_batch
@@ -158,7 +159,13 @@ def planned(settings: Settings, fold: int) -> Plan:
         sampler = sampler.with_absent(episodic.absent_share, sampler.lacking(dataset.class_pixels("train")))
     validation = validation_sampler(settings, fold, dataset, rules, (late, query), held_out)
     steps = episodic.steps or max(1, episodic.epochs * len(sampler) // episodic.batch)
-    shape = SegmenterShape(adapter.in_channels, late.fingerprint.channels, late.fingerprint.grid, adapter.out_channels)
+    shape = SegmenterShape(
+        adapter.in_channels,
+        late.fingerprint.channels,
+        late.fingerprint.grid,
+        adapter.out_channels,
+        encoder_spec(settings.backbone.encoder).late.groups,
+    )
     origin: dict[str, Any] = {
         "recipe": settings.recipe,
         "dataset": dataset.name,

@@ -41,7 +41,7 @@ def prediction(photo, mask, query=None):
 
 def test_a_wrong_recipe_name(capsys):
     line = mistake(capsys, evaluate, "--recipe", "papre")
-    assert line == "error: --recipe papre: no such recipe; known are paper, offline, tiny"
+    assert line == "error: --recipe papre: no such recipe; known are paper, offline, demo, tiny"
 
 
 def test_a_missing_photograph(capsys, photo, tmp_path):

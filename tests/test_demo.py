@@ -1,4 +1,4 @@
-"""The driver of `make demo`, which runs the published `offline` recipe's switches from images to a table."""
+"""The driver of `make demo`, from images to a table."""
 
 import json
 from dataclasses import asdict, replace
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipelines import panels
-from pipelines.recipes import offline_recipe
+from pipelines.recipes import demo_recipe
 from pipelines.train_episodic import decisive
 from tests.conftest import run
 
@@ -16,7 +16,7 @@ SMALL = ["--images", 96, "--steps", 3, "--episodes", 8]
 
 
 @pytest.mark.slow
-def test_the_demo_runs_the_published_recipe_to_a_table_and_a_rerun_only_prints_it(tmp_path, capsys):
+def test_the_demo_runs_its_recipe_to_a_table_and_a_rerun_only_prints_it(tmp_path, capsys):
     result = run("demo", "--out", tmp_path, *SMALL)
     printed = capsys.readouterr().out
     for method, title in (("prototype", "training-free prototype"), ("compact", "compact model"), ("4d", "4D model")):
@@ -26,7 +26,7 @@ def test_the_demo_runs_the_published_recipe_to_a_table_and_a_rerun_only_prints_i
     with Image.open(result["panel"]) as panel:
         assert panel.height > 6 * panels.CELL_PX  # six episodes below their captions
 
-    recipe, records = offline_recipe(), {}
+    recipe, records = demo_recipe(), {}
     for path in Path(tmp_path, "runs").rglob("segmenter.json"):
         record = json.loads(path.read_text())
         records[record["config"]["variant"]] = record

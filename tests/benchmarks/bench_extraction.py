@@ -119,7 +119,7 @@ def run_job(rows: Sequence[Row], settings: Settings, actor: type) -> tuple[float
         )
         targets.append(extraction.Target(str(settings.folder / feature), fingerprint, rows))
     builds = {target.url: create(target.url, target.fingerprint, rows).build_id for target in targets}
-    items = extraction.plan_items(targets, {target.url: range(num_shards(len(rows))) for target in targets})
+    items = extraction.plan_items(targets, {target.url: range(num_shards(len(rows))) for target in targets}, stamps={})
     kept, extraction.Extract = extraction.Extract, actor  # type: ignore[misc]
     started, times, images, written = time.perf_counter(), [], [], 0
     try:
