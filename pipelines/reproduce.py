@@ -3,6 +3,7 @@
     python -m pipelines.reproduce --recipe offline --folds 0 1 2 3 --shots 1 5 --variants compact 4d
     python -m pipelines.reproduce --table 2 --data COCO             # all that a table of the paper still lacks
     python -m pipelines.reproduce --table 3 --data COCO --fss FSS-1000 --davis DAVIS
+    python -m pipelines.reproduce --recipe offline --ablate --folds 0 2 --train-seeds 2    # what each switch is worth
 
 Runs what is not done yet, in order, in one process on one Ray; killed, the same command resumes. The log of all steps
 is `reproduce.log` beside the runs.
@@ -16,7 +17,7 @@ from typing import Any
 from feature_store.urls import local_path
 from fsdino.data.dataset import open_dataset
 from fsdino.errors import UserError
-from pipelines import datasets, sequence, tables
+from pipelines import ablation, datasets, sequence, tables
 from pipelines.checks import check_batch
 from pipelines.cli import main
 from pipelines.sequence import Study as Settings
@@ -41,6 +42,10 @@ def job(settings: Settings) -> dict[str, Any]:
     print(f"log of all steps: {log}", file=sys.stderr)
     results = sequence.run(settings, sequence.plan(settings), log)
     sequence.stop_ray()
+    if settings.ablate:
+        scores = ablation.scores_of(results, sequence.ablation_titles(settings, settings.folds))
+        print("\n".join(ablation.table(scores)))
+        return {"dataset": dataset.name, "ablation": scores}
     scores = {}
     for shots in settings.shots:
         methods: dict[str, tables.Method] = {}

@@ -19,6 +19,7 @@ from fsdino.config import SegmenterConfig
 from fsdino.data.protocols import protocol_of
 from fsdino.errors import UserError
 from fsdino.kinds import Kind
+from pipelines import ablation
 from pipelines.checks import Few, Fold, Place
 from pipelines.recipes import Photographs, Recipe, RecipeName, Testing
 
@@ -41,6 +42,11 @@ class Study(Recipe):
     table: Literal[1, 2, 3, 4] | None = None
     """Run what a table of the paper needs, whatever the flags above say: 1 and 2, all folds, 1- and 5-shot; 3, the
     models on FSS-1000 and DAVIS-17; 4, the parts of the method on all folds."""
+    ablate: bool = False
+    """Instead of variants and methods: the recipe's model with one switch at a time at the paper's value, 1-shot; the
+    table says what each switch is worth."""
+    train_seeds: Few = 1
+    """With --ablate: how many seeds each model is trained with, from --seed on."""
     fss: Place | None = None
     """FSS-1000, for table 3."""
     davis: Place | None = None
@@ -83,6 +89,8 @@ def plan(study: Study) -> list[Step]:
 
     if adapter != "joint":
         steps.append(Step("bake embeddings", "bake_embeddings", distilled))
+    if study.ablate:
+        return steps + [step for fold in study.folds for step in _ablated(study, fold, distilled)]
     for fold in study.folds:
         for method in study.methods if study.table != 3 else ():
             steps += [_score(method, fold, shots, {"method": method}) for shots in study.shots]
@@ -100,8 +108,31 @@ def plan(study: Study) -> list[Step]:
     return steps
 
 
+def _ablated(study: Study, fold: int, distilled: Callable[[Results], dict[str, Any]]) -> Iterator[Step]:
+    """Training and score of each model of the ablation, with each seed."""
+    for name, _, seed, title in ablation_titles(study, (fold,)):
+        chosen = ablation.ablations(study.model, study.episodic)[name]
+        workers = replace(study.workers, seed=seed)
+        own = {"model": chosen.model, "fold": fold}
+        trained = f"train {name}, fold {fold}, seed {seed}"
+        settings = {**own, "episodic": chosen.episodic, "workers": workers, "register": False}
+        yield Step(trained, "train_episodic", _with(distilled, settings))
+        yield _score(name, fold, 1, own, trained, title)
+
+
+def ablation_titles(study: Study, folds: Sequence[int]) -> Iterator[tuple[str, int, int, str]]:
+    """Name, fold and seed of each model of the ablation, and the title of the step that scores it."""
+    first = study.workers.seed
+    for fold in folds:
+        for seed in range(first, first + study.train_seeds):
+            for name in ablation.ablations(study.model, study.episodic):
+                yield name, fold, seed, f"score {name}, fold {fold}, seed {seed}"
+
+
 def asked(study: Study) -> Study:
-    """The study with what its table needs."""
+    """The study with what its table needs. Raises UserError for flags that exclude each other."""
+    if study.ablate and study.table is not None:
+        raise UserError(f"--ablate, --table {study.table}: expected one of them; table 4 has the paper's own ablation")
     folds = tuple(range(4))
     seeds = max(study.testing.seeds, protocol_of(study.benchmark.protocol).seeds)
     if study.table in (1, 2):
