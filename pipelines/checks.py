@@ -185,7 +185,7 @@ Share = Annotated[float, Range(0, 1)]
 Rate = Annotated[float, Range(0, 1000, closed=False)]
 """A learning rate."""
 Fold = Annotated[int, Range(0, 9999)]
-FoldOrAll = Fold | Literal["all"]
+FoldsToTrain = Fold | Literal["all", "none"]
 Place = Annotated[str, Location()]
 """A path or URL that is read."""
 Output = Annotated[str, Location(written=True)]

@@ -86,17 +86,20 @@ def rules_of(benchmark: Benchmark, dataset: Dataset) -> Protocol:
 def listing(
     dataset: Dataset,
     rules: Protocol,
-    fold: int,
+    fold: int | None,
     split: Split,
     pairs: str | None,
     held_out: Collection[int] = (),
     validating: bool = False,
 ) -> Listing:
-    """Images that train or test a fold. Base classes that are held out do not train; `validating`, they are all there
-    is. Raises UserError for a fold that does not exist, and for labels that cannot be used, unless they are skipped."""
+    """Images that train or test a fold, or train all classes. Base classes that are held out do not train;
+    `validating`, they are all there is. Raises UserError for a fold that does not exist, and for labels that cannot be
+    used, unless they are skipped."""
     dataset.novel(fold)
     training = split == "train"
     if pairs is not None:
+        if fold is None:
+            raise UserError("--pairs: has lists of folds, so there are none for --fold none")
         listed = [p for p in read_pairs(pairs, dataset, fold, training) if (p[1] in held_out) == validating]
         return Listing(of_pairs(listed), listed)
     if validating:
@@ -105,7 +108,7 @@ def listing(
 
 
 def usable(
-    dataset: Dataset, rules: Protocol, fold: int, split: Split, listed: Listing, opened: Sequence[FeatureStore]
+    dataset: Dataset, rules: Protocol, fold: int | None, split: Split, listed: Listing, opened: Sequence[FeatureStore]
 ) -> Images:
     """Those of the images whose labels are of their photographs' sizes, and whose features every store has.
 
@@ -161,7 +164,7 @@ def _sizes_of_photographs(dataset: Dataset, images: Iterable[str]) -> dict[str, 
         return {i: found for i, found in zip(wanted, pool.map(size, wanted), strict=True) if found is not None}
 
 
-def _check_classes(dataset: Dataset, fold: int, images: Mapping[str, ImageClasses]) -> None:
+def _check_classes(dataset: Dataset, fold: int | None, images: Mapping[str, ImageClasses]) -> None:
     """Raise DataError if a novel class has no image, since the mean over classes would be another; or say so."""
     listed = {class_id for of_image in images.values() for class_id in of_image.listed}
     missing = [dataset.class_names[class_id - 1] for class_id in dataset.novel(fold) if class_id not in listed]

@@ -389,9 +389,19 @@ def departures(section: Any, of_recipe: Any) -> list[str]:
     return words
 
 
-def model_run(fold: int, model: SegmenterConfig, recipe: str) -> str:
+def in_words(fold: int | None) -> str:
+    """A fold, or none, as sentences have it."""
+    return "all classes" if fold is None else f"fold {fold}"
+
+
+def fold_title(fold: int | None) -> str:
+    """As names of runs have it."""
+    return "all-classes" if fold is None else f"fold{fold}"
+
+
+def model_run(fold: int | None, model: SegmenterConfig, recipe: str) -> str:
     """What a run of a fold is called, if nothing else departs from the recipe."""
-    return f"fold{fold}-{model_title(model, recipe)}"
+    return f"{fold_title(fold)}-{model_title(model, recipe)}"
 
 
 def model_title(model: SegmenterConfig, recipe: str) -> str:

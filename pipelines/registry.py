@@ -69,7 +69,7 @@ def _register(uri: str, run_id: str, checkpoint: str, record: Mapping[str, Any],
         )
     tags = {
         "dataset": dataset,
-        "fold": record["fold"],
+        "fold": "none" if record["fold"] is None else record["fold"],
         "recipe": record["recipe"],
         "variant": record["config"]["variant"],
         "encoder": f"{backbone['encoder']}@{backbone['res']}",
@@ -110,7 +110,8 @@ def _register(uri: str, run_id: str, checkpoint: str, record: Mapping[str, Any],
             raise
         version = str(info.registered_model_version)
         client.finalize_logged_model(model.model_id, "READY")
-        client.update_registered_model(name, f"Few-shot segmenter that never saw fold {record['fold']} of {dataset}.")
+        unseen = "for classes of your own" if record["fold"] is None else f"that never saw fold {record['fold']}"
+        client.update_registered_model(name, f"Few-shot segmenter {unseen}, trained on {dataset}.")
         loss = record["training"].get("loss")
         client.update_model_version(
             name, version, f"{record['config']['variant']}, recipe {record['recipe']}: loss {loss} at its last step."

@@ -8,7 +8,7 @@ from fsdino.config import SegmenterConfig
 from fsdino.errors import UserError
 from fsdino.weights import weights_digest
 from pipelines import checkpoints, stores
-from pipelines.recipes import Backbone, model_run, model_title
+from pipelines.recipes import Backbone, in_words, model_run, model_title
 from pipelines.scoring_plan import MethodPlan
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ def _segmenter(settings: "Settings", dataset: str) -> Subject:
     if "late" not in record or "run" not in record:
         raise UserError(f"{url}: the checkpoint does not say what it was trained on; use one written by train_episodic")
     if _family(record["dataset"]) == _family(dataset) and record["fold"] != settings.fold:
+        cure = "another data set" if record["fold"] is None else in_words(record["fold"])
         raise UserError(
-            f"{url}: trained for fold {record['fold']}, so it has seen the classes of fold {settings.fold}; "
-            f"evaluate it on fold {record['fold']}"
+            f"{url}: trained for {in_words(record['fold'])}, so it has seen the classes of fold {settings.fold}; "
+            f"evaluate it on {cure}"
         )
     trained_on, backbone = Fingerprint.of_record(record["late"]), Backbone(**record["backbone"])
     if late is None:
@@ -84,7 +85,7 @@ def _segmenter(settings: "Settings", dataset: str) -> Subject:
             "trained": record["run"],
             "query": None if query is None else asdict(query.fingerprint),
         },
-        trained_on=f"{record['dataset']}, fold {record['fold']}",
+        trained_on=f"{record['dataset']}, {in_words(record['fold'])}",
         trained_by=None if "selected" in record else record.get("run_id"),  # what is registered are the last weights
     )
 

@@ -25,7 +25,7 @@ from fsdino.errors import UserError
 from fsdino.specs import encoder_spec
 from fsdino.weights import weights_digest
 from pipelines import checkpoints, datasets, stores
-from pipelines.checks import FoldOrAll, Place, Weights, check_batch
+from pipelines.checks import FoldsToTrain, Place, Weights, check_batch
 from pipelines.cli import main
 from pipelines.recipes import (
     RECIPES,
@@ -38,6 +38,7 @@ from pipelines.recipes import (
     Teaching,
     Workers,
     departures,
+    fold_title,
     model_run,
 )
 from pipelines.runs import RunFolder, identity
@@ -59,10 +60,12 @@ class Settings:
     episodic: Episodic
     workers: Workers
     device: Device
-    fold: FoldOrAll
-    """The fold whose classes are kept for the test, 0 to 3; all: each of them, at once where the cluster has room."""
+    fold: FoldsToTrain
+    """The fold whose classes are kept for the test, 0 to 3; all: each of them, at once where the cluster has room;
+    none: a model of all classes, to be used or to be tested on another data set."""
     name: str = ""
-    """Name of the run and its folder; if empty, fold{FOLD}-{VARIANT} and whatever flags changed in the recipe."""
+    """Name of the run and its folder; if empty, fold{FOLD}-{VARIANT}, or all-classes-{VARIANT}, and whatever flags
+    changed in the recipe."""
     adapter_checkpoint: Place | None = None
     """Folder, path or URL, of an adapter, instead of the one that was distilled on this data set."""
     decoder_weights: Weights | None = None
@@ -70,8 +73,8 @@ class Settings:
     register: bool = True
     """Register the trained model in MLflow, from where it can be loaded and served (pipelines/registry.py)."""
     model_name: str = ""
-    """Name under which MLflow registers the model; if empty, fsdino-DATASET-fold{FOLD}. With all folds, -fold{FOLD} is
-    added."""
+    """Name under which MLflow registers the model; if empty, fsdino-DATASET-fold{FOLD}, or -all-classes. With all
+    folds, -fold{FOLD} is added."""
 
 
 Plan = tuple[RunFolder, "Callable[[], EpisodicJob]"]
@@ -86,8 +89,9 @@ def job(settings: Settings) -> dict[str, Any]:
         from pipelines import all_folds
 
         return all_folds.train(settings, range(len(datasets.dataset_of(settings.places).folds)))
-    plan = planned(settings, settings.fold)
-    return result_of(settings, settings.fold, plan[0], trained(settings, plan))
+    fold = None if settings.fold == "none" else settings.fold
+    plan = planned(settings, fold)
+    return result_of(settings, fold, plan[0], trained(settings, plan))
 
 
 def trained(settings: Settings, plan: Plan) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def trained(settings: Settings, plan: Plan) -> dict[str, Any]:
     return record
 
 
-def result_of(settings: Settings, fold: int, run: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
+def result_of(settings: Settings, fold: int | None, run: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     """What the command prints of a trained fold, whose model is registered first."""
     return {
         "checkpoint": run.final,
@@ -117,7 +121,7 @@ def result_of(settings: Settings, fold: int, run: RunFolder, record: dict[str, A
     }
 
 
-def planned(settings: Settings, fold: int) -> Plan:
+def planned(settings: Settings, fold: int | None) -> Plan:
     """What is to be trained, checked and opened."""
     places, backbone, model, episodic = settings.places, settings.backbone, settings.model, settings.episodic
     check_batch(episodic.batch, settings.workers.workers, episodic.accumulate)
@@ -148,7 +152,7 @@ def planned(settings: Settings, fold: int) -> Plan:
         images,
         rules,
         shots=episodic.train_shots,
-        fold=fold,
+        fold=len(dataset.folds) if fold is None else fold,
         seed=settings.workers.seed,
         training=True,
         num_views=backbone.num_views,
@@ -228,13 +232,13 @@ def planned(settings: Settings, fold: int) -> Plan:
     return run, job_of_run
 
 
-def registered(settings: Settings, fold: int, run: RunFolder, record: dict[str, Any]) -> str | None:
+def registered(settings: Settings, fold: int | None, run: RunFolder, record: dict[str, Any]) -> str | None:
     """The version of the registered model that the run became, NAME/VERSION; unless --no-register, it is made first."""
     begun = run.begun()
     assert begun is not None
     known = begun.get("registered")
     own = _of_fold(settings, settings.model_name, fold)
-    name = own or (known or f"fsdino-{run.dataset}-fold{fold}").split("/")[0]
+    name = own or (known or f"fsdino-{run.dataset}-{fold_title(fold)}").split("/")[0]
     if settings.register and (known is None or known.split("/")[0] != name):
         from pipelines import registry
 
@@ -244,9 +248,9 @@ def registered(settings: Settings, fold: int, run: RunFolder, record: dict[str, 
     return known
 
 
-def _of_fold(settings: Settings, name: str, fold: int) -> str:
+def _of_fold(settings: Settings, name: str, fold: int | None) -> str:
     """A name of one's own, for one of several folds."""
-    return f"{name}-fold{fold}" if name and settings.fold == "all" else name
+    return f"{name}-{fold_title(fold)}" if name and settings.fold == "all" else name
 
 
 def decisive(episodic: Episodic) -> dict[str, Any]:
@@ -268,20 +272,22 @@ def idle(episodic: Episodic) -> frozenset[str]:
     return frozenset(f"episodic.{name}" for name in names)
 
 
-def held_out_classes(settings: Settings, fold: int, dataset: Dataset) -> list[int]:
+def held_out_classes(settings: Settings, fold: int | None, dataset: Dataset) -> list[int]:
     """Base classes that validate. Raises UserError if no others would be left to train."""
     if settings.episodic.select_on != "base":
         return []
     base, wanted = dataset.folds.base(fold), settings.episodic.validation_classes
     if wanted >= len(base):
         raise UserError(f"--validation-classes {wanted}: expected fewer than the {len(base)} base classes")
-    drawn = np.random.default_rng([settings.workers.seed, fold]).choice(base, wanted, replace=False)
+    drawn = np.random.default_rng([settings.workers.seed, len(dataset.folds) if fold is None else fold]).choice(
+        base, wanted, replace=False
+    )
     return sorted(int(class_id) for class_id in drawn)
 
 
 def validation_sampler(
     settings: Settings,
-    fold: int,
+    fold: int | None,
     dataset: Dataset,
     rules: Protocol,
     opened: Sequence[FeatureStore],
@@ -291,6 +297,8 @@ def validation_sampler(
     on = settings.episodic.select_on
     if on == "none":
         return None
+    if fold is None and on == "novel":
+        raise UserError("--select-on novel: --fold none keeps no class for the test; use base or none")
     split: Split = "train" if on == "base" else "val"
     pairs = settings.benchmark.pairs
     listed = datasets.listing(dataset, rules, fold, split, pairs, held_out, validating=on == "base")
@@ -299,14 +307,14 @@ def validation_sampler(
         images,
         rules,
         shots=settings.episodic.train_shots,
-        fold=fold,
+        fold=len(dataset.folds) if fold is None else fold,
         seed=settings.workers.seed,
         training=False,
         test_view=rules.test_view if on == "novel" else PLAIN,
     )
 
 
-def title(settings: Settings, fold: int) -> str:
+def title(settings: Settings, fold: int | None) -> str:
     """The run's name: fold, model, and what else flags changed in the recipe."""
     recipe = RECIPES[settings.recipe]()
     # How a test is scored makes no other model.

@@ -293,6 +293,29 @@ def test_a_run_with_other_settings_is_not_overwritten(whole_run, places):
         run("train_episodic", *flags(places), "--fold", FOLD, "--lr", 0.5, "--name", f"fold{FOLD}-4d")
 
 
+def test_a_model_of_all_classes_with_all_that_offline_adds_is_trained_and_used_but_not_tested_here(
+    whole_run, places, shapes_root, tmp_path
+):
+    adds = ["--neighbours", "--self-support", "--fuse", "--upscaling", "bilinear"]
+    trained = run("train_episodic", *flags(places), "--fold", "none", "--variant", "compact", "--steps", 2, *adds)
+    assert trained["fold"] is None and trained["model"].startswith("fsdino-shapes-all-classes/")
+    model, record = Segmenter.load(trained["checkpoint"])
+    assert record["fold"] is None and model.config.neighbours and model.config.upscaling == "bilinear"
+    of_fold = Segmenter.load(whole_run["4d"]["checkpoint"])[1]
+    assert record["base_images"] > of_fold["base_images"]
+    seen = "trained for all classes, so it has seen the classes of fold 1; evaluate it on another data set"
+    with pytest.raises(UserError, match=seen):
+        run("evaluate", *flags(places), "--fold", FOLD, "--checkpoint", trained["checkpoint"])
+    support, label = (
+        shapes_root / p for p in ("JPEGImages/shapes_000004.jpg", "SegmentationClassAug/shapes_000004.png")
+    )
+    mask = (np.array(Image.open(label)) == np.unique(np.array(Image.open(label)))[1]).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    where = ["--checkpoint", trained["checkpoint"], "--support", support, "--mask", tmp_path / "mask.png"]
+    done = run("predict", *where, "--query", support, "--out", tmp_path / "masks")
+    assert np.array(Image.open(done["masks"][0]["mask"])).shape == mask.shape
+
+
 def test_a_checkpoint_is_tested_on_the_classes_it_has_not_seen(whole_run, places):
     with pytest.raises(
         UserError, match="trained for fold 1, so it has seen the classes of fold 2; evaluate it on fold 1"

@@ -114,8 +114,8 @@ class Dataset(ABC):
         """How classes are split for training and test."""
         return self.split_classes()
 
-    def novel(self, fold: int) -> list[int]:
-        """Class ids that the fold tests."""
+    def novel(self, fold: int | None) -> list[int]:
+        """Class ids that the fold tests; without a fold, none."""
         return self.folds.novel(fold)
 
     def class_pixels(self, split: Split) -> dict[str, dict[int, int]]:

@@ -17,14 +17,16 @@ class Folds:
     trained: tuple[int, ...] | None = None
     """Class ids that every fold trains; none: all that it does not test."""
 
-    def novel(self, fold: int) -> list[int]:
-        """Class ids that a fold tests. Raises UserError if there is no such fold."""
+    def novel(self, fold: int | None) -> list[int]:
+        """Class ids that a fold tests; without a fold, none. Raises UserError if there is no such fold."""
+        if fold is None:
+            return []
         if not 0 <= fold < len(self.tested):
             raise UserError(f"--fold {fold}: expected 0 to {len(self.tested) - 1}")
         return list(self.tested[fold])
 
-    def base(self, fold: int) -> list[int]:
-        """Class ids that a fold may train."""
+    def base(self, fold: int | None) -> list[int]:
+        """Class ids that a fold may train; without a fold, all."""
         if self.trained is not None:
             return list(self.trained)
         novel = self.novel(fold)

@@ -80,13 +80,17 @@ class Protocol:
         )
         return {name: getattr(self, name) for name in names}
 
-    def training_images(self, dataset: Dataset, fold: int, held_out: Collection[int] = ()) -> dict[str, ImageClasses]:
+    def training_images(
+        self, dataset: Dataset, fold: int | None, held_out: Collection[int] = ()
+    ) -> dict[str, ImageClasses]:
         """Images that may train the fold, with their base classes, in the list's order. Base classes that are held out
         for validation count as novel ones."""
         unseen = {*dataset.novel(fold), *held_out}
         return self._without(dataset, unseen, set(dataset.folds.base(fold)) - unseen)
 
-    def validation_images(self, dataset: Dataset, fold: int, held_out: Collection[int]) -> dict[str, ImageClasses]:
+    def validation_images(
+        self, dataset: Dataset, fold: int | None, held_out: Collection[int]
+    ) -> dict[str, ImageClasses]:
         """Training images that show base classes that are held out; novel ones are treated as in training."""
         return self._without(dataset, set(dataset.novel(fold)), set(held_out))
 
@@ -96,7 +100,7 @@ class Protocol:
         dropped = {i for i, counts in pixels.items() if self.drops_novel and unseen & counts.keys()}
         return self._images(dataset, "train", classes, dropped)
 
-    def test_images(self, dataset: Dataset, fold: int) -> dict[str, ImageClasses]:
+    def test_images(self, dataset: Dataset, fold: int | None) -> dict[str, ImageClasses]:
         """Images that test the fold, with their novel classes, in the list's order."""
         return self._images(dataset, "val", set(dataset.novel(fold)))
 
