@@ -9,7 +9,7 @@ masks, scores = predictor.segment([cat])
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,9 @@ from fsdino.errors import UserError
 from fsdino.neighbours import Annotated, padded
 from fsdino.preprocess import Source, read_image, resize_square, to_rgb
 from fsdino.prompts import mask_to_grid
-from fsdino.segmenter import Segmenter, SupportEncoding
+from fsdino.segmenter import Prediction, Segmenter, SupportEncoding
 from fsdino.state import state_digest
+from fsdino.tiles import Box, blended, boxes
 
 Photograph = Image.Image | Source
 """A photograph that is open already, or its path or URL."""
@@ -97,7 +98,7 @@ class Predictor:
         self.segmenter, self.res_px = segmenter.to(self.device).eval(), res_px
         config = json.dumps(asdict(segmenter.config), sort_keys=True)
         self.digest = hashlib.sha256(f"{state_digest(segmenter)} {config}".encode()).hexdigest()[:16]
-        self._images: list[tuple[tuple[int, int], Features, Tensor]] = []
+        self._images: list[_Encoded] = []
 
     @classmethod
     def load(
@@ -135,9 +136,19 @@ class Predictor:
         support = self.segmenter.encode_support(late[None], shares(1), shares(paper.VOID))
         return ClassEncoding(name, len(opened), support, self.digest)
 
-    def set_image(self, image: Photograph) -> None:
-        """Encode a photograph; `segment` looks for classes in it."""
-        self.set_images([image])
+    @torch.inference_mode()
+    def set_image(self, image: Photograph, tile_px: int | None = None, overlap: float = 0.25) -> None:
+        """Encode a photograph; `segment` looks for classes in it.
+
+        With `tile_px`, also tiles of that side in its own pixels, which share `overlap` of it with the next (tiles.py):
+        for photographs much larger than the network's square, with small objects.
+        """
+        opened = _opened(image)
+        self.set_images([opened])
+        if tile_px is not None and max(opened.size) > tile_px:
+            found = boxes(opened.height, opened.width, tile_px, overlap)
+            tiles = [(box, self._encoded(_cut(opened, box)).half()) for box in found]
+            self._images = [replace(self._images[0], tiles=tiles, overlap=overlap)]
 
     @torch.inference_mode()
     def set_images(self, images: Sequence[Photograph]) -> None:
@@ -148,8 +159,7 @@ class Predictor:
         features = self._features(opened)
         embeddings = self.segmenter.embed(features.early)
         self._images = [
-            (image.size, Features(*(x[i : i + 1] for x in features)), embeddings[i : i + 1])
-            for i, image in enumerate(opened)
+            _Encoded(image.size, features.late[i : i + 1], embeddings[i : i + 1]) for i, image in enumerate(opened)
         ]
 
     def segment(self, classes: Sequence[ClassEncoding]) -> Segmentation:
@@ -171,23 +181,37 @@ class Predictor:
         """One image after another: its mask logits at its own size, and the prior's at 4 times the grid (4D variant
         only)."""
         support = self._support(classes)
-        return (self._logits(*of_image, support) for of_image in self._images)
+        return (self._logits(of_image, support) for of_image in self._images)
 
     @torch.inference_mode()
-    def _logits(
-        self, size: tuple[int, int], features: Features, embedding: Tensor, support: SupportEncoding
-    ) -> tuple[Tensor, Tensor | None]:
-        late, embedding = (x.expand(len(support.prototype), -1, -1, -1) for x in (features.late, embedding))
-        predicted = self.segmenter.segment(late, embedding, support)
-        mask = F.interpolate(predicted.mask_logits, size=size[::-1], mode="bilinear", align_corners=False)
+    def _logits(self, image: "_Encoded", support: SupportEncoding) -> tuple[Tensor, Tensor | None]:
+        predicted = self._predicted(image, support)
+        width, height = image.size
+        if image.tiles:
+            whole, tiles = predicted.mask_logits[:, 0], image.tiles
+            found = ((box, self._predicted(tile, support).mask_logits[:, 0]) for box, tile in tiles)
+            mask = blended(whole, height, width, found, image.overlap)
+        else:
+            size = (height, width)
+            mask = F.interpolate(predicted.mask_logits, size=size, mode="bilinear", align_corners=False)[:, 0].cpu()
         prior = predicted.prior_logits
-        return mask[:, 0].cpu(), None if prior is None else prior[:, 0].cpu()
+        return mask, None if prior is None else prior[:, 0].cpu()
+
+    def _predicted(self, image: "_Encoded", support: SupportEncoding) -> Prediction:
+        """Every class in one square."""
+        classes = len(support.prototype)
+        late, embedding = (x.float().expand(classes, -1, -1, -1) for x in (image.late, image.embedding))
+        return self.segmenter.segment(late, embedding, support)
+
+    def _encoded(self, image: Image.Image) -> "_Encoded":
+        features = self._features([image])
+        return _Encoded(image.size, features.late, self.segmenter.embed(features.early))
 
     @staticmethod
     def scores(logits: Float[Tensor, "n h w"]) -> Float[np.ndarray, "n"]:
         """Scores of masks, as in `Segmentation`."""
-        masks = logits > 0
-        return ((logits.sigmoid() * masks).sum((1, 2)) / masks.sum((1, 2)).clamp_min(1)).numpy()
+        found = [of_class[of_class > 0].float().sigmoid() for of_class in logits]
+        return np.array([float(inside.mean()) if len(inside) else 0.0 for inside in found], np.float32)
 
     def _support(self, classes: Sequence[ClassEncoding]) -> SupportEncoding:
         """All classes in one batch."""
@@ -211,6 +235,26 @@ class Predictor:
     def _features(self, images: Sequence[Image.Image]) -> Features:
         squares = np.stack([resize_square(image, self.res_px) for image in images])
         return self.encoder(to_input(squares, self.encoder.mean, self.encoder.std).to(self.device))
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What a network's square shows of a photograph, or of a tile, and its tiles."""
+
+    size: tuple[int, int]
+    """Width and height."""
+    late: Float[Tensor, "1 c g g"]
+    embedding: Float[Tensor, "1 e g g"]
+    tiles: "Sequence[tuple[Box, _Encoded]]" = ()
+    overlap: float = 0.0
+
+    def half(self) -> "_Encoded":
+        """In half the memory, as a photograph may have hundreds of tiles."""
+        return replace(self, late=self.late.half(), embedding=self.embedding.half())
+
+
+def _cut(image: Image.Image, box: Box) -> Image.Image:
+    return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
 
 
 def _opened(image: Photograph) -> Image.Image:

@@ -33,7 +33,7 @@ class Found:
     """What its files are called."""
     image: Image.Image
     logits: np.ndarray
-    """(n, h, w) float32."""
+    """(n, h, w) float32, or float16 of a photograph that was looked at in tiles."""
     scores: np.ndarray
     """(n,): mean probability within each mask."""
 
@@ -45,7 +45,11 @@ class Found:
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """(h, w): 1 to n, the class of the largest logit; 0 where none is above 0."""
-        return np.where(self.logits.max(0) > 0, self.logits.argmax(0) + 1, 0).astype(np.uint8)
+        found, best = np.zeros(self.logits.shape[1:], np.uint8), np.zeros_like(self.logits[0])
+        for number, logits in enumerate(self.logits, start=1):
+            found[logits > best] = number
+            best = np.maximum(best, logits)
+        return found
 
     @functools.cached_property
     def apart(self) -> np.ndarray:
@@ -254,7 +258,10 @@ def _labels(labels: np.ndarray) -> Image.Image:
 
 
 def _grey(logits: np.ndarray) -> Image.Image:
-    return Image.fromarray((_sigmoid(logits) * 65535).round().astype(np.uint16))
+    grey = np.empty(logits.shape, np.uint16)
+    for top in range(0, len(grey), panels.ROWS):
+        grey[top : top + panels.ROWS] = (_sigmoid(logits[top : top + panels.ROWS]) * 65535).round()
+    return Image.fromarray(grey)
 
 
 def _overlay(found: Found, names: Sequence[str]) -> Image.Image:

@@ -21,6 +21,7 @@ CAPTION_PX = 18
 POINTS = ((0.3, 0.3), (0.5, 0.5), (0.7, 0.6))  # where similarity is shown: shares of width and height
 MASK_COLOUR = np.array([255, 40, 90], np.float32)
 TINT = 0.45
+ROWS = 512  # of a picture that are worked on at once, where a whole one might have hundreds of megapixels
 COLOURS = (
     (213, 94, 0),
     (0, 114, 178),
@@ -50,13 +51,15 @@ def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
 
 def overlaid(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> Image.Image:
     """The image at its own size with masks (n, h, w), each tinted, outlined and captioned in a colour of its own."""
-    pixels = np.array(image.convert("RGB"), np.float32)
+    pixels = np.array(image.convert("RGB"))
     width = max(2, round(min(image.size) / 250))
     for number, mask in enumerate(masks):
         colour = np.array(COLOURS[number % len(COLOURS)], np.float32)
-        pixels[mask] = (1 - TINT) * pixels[mask] + TINT * colour
+        for top in range(0, len(mask), ROWS):
+            rows, inside = pixels[top : top + ROWS], mask[top : top + ROWS]
+            rows[inside] = ((1 - TINT) * rows[inside] + TINT * colour).round().astype(np.uint8)
         pixels[_outline(mask, width)] = colour
-    drawn = Image.fromarray(pixels.astype(np.uint8))
+    drawn = Image.fromarray(pixels)
     draw, size = ImageDraw.Draw(drawn), max(12, round(min(image.size) / 25))
     font = ImageFont.load_default(size)
     for number, (mask, caption) in enumerate(zip(masks, captions, strict=True)):

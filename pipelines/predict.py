@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fsdino.predictor import ClassEncoding, Predictor
     from pipelines.outputs import Found
 
+MOST_PIXELS = 10**9
 PANEL, PANEL_ROWS, RESULTS = "panel.png", 50, "results.jsonl"
 
 
@@ -64,6 +65,11 @@ class Settings:
     """Run on the GPU."""
     batch: Few = 1
     """Photographs that go through the encoder at once."""
+    tile: Annotated[int, Range(32, 10**5)] | None = None
+    """Side in pixels of overlapping tiles that are looked at one by one, beside the whole photograph; for photographs
+    much larger than the network's square, with small objects."""
+    overlap: Annotated[float, Range(0, 0.9)] = 0.25
+    """Share of a tile's side that the next one shows as well."""
     out: Folder = "outputs/masks"
     """Folder on this machine for what is written."""
     encoder_weights: Weights | None = None
@@ -85,6 +91,8 @@ def job(settings: Settings) -> dict[str, Any]:
     A photograph that cannot be read costs no other its mask; it is named at the end. What was found before a stop is
     written.
     """
+    if settings.tile is not None:
+        _let_large_photographs_in()
     wanted, out = examples(settings), Path(settings.out)
     queries = listed(settings.query, out)
     from pipelines import outputs
@@ -108,7 +116,7 @@ def job(settings: Settings) -> dict[str, Any]:
     try:
         with open(out / RESULTS, "w") as lines:
             photographs = list(zip(queries, stems, strict=True))
-            for found, prior in segmented(predictor, classes, photographs, settings.batch, unread):
+            for found, prior in segmented(predictor, classes, photographs, settings, unread):
                 for writer in writers:
                     writer.add(found)
                 line = line_of(found, names, [str(path) for writer in writers for path in writer.paths(found.stem)])
@@ -133,6 +141,13 @@ def job(settings: Settings) -> dict[str, Any]:
         "panel": str(out / PANEL),
         "shots": max(c.shots for c in classes),
     }
+
+
+def _let_large_photographs_in() -> None:
+    """Pillow refuses more than 178 megapixels, as a file of a few kB could fill the memory with them."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # it warns from here on, and refuses from twice as many
 
 
 def line_of(found: "Found", names: Sequence[str], files: list[str]) -> dict[str, Any]:
@@ -225,12 +240,13 @@ def segmented(
     predictor: "Predictor",
     classes: "Sequence[ClassEncoding]",
     queries: Sequence[tuple[str, str]],
-    batch: int,
+    settings: Settings,
     unread: list[str],
 ) -> "Iterator[tuple[Found, np.ndarray | None]]":
     """What each photograph shows, and the first class's prior; reasons why others cannot be read go to `unread`."""
     from pipelines.outputs import Found
 
+    batch = settings.batch if settings.tile is None else 1
     for at in range(0, len(queries), batch):
         opened = []
         for path, stem in queries[at : at + batch]:
@@ -240,7 +256,10 @@ def segmented(
                 unread.append(first_line(error))
         if not opened:
             continue
-        predictor.set_images([image for _, _, image in opened])
+        if settings.tile is None:
+            predictor.set_images([image for _, _, image in opened])
+        else:
+            predictor.set_image(opened[0][2], settings.tile, settings.overlap)
         for (path, stem, image), (logits, prior) in zip(opened, predictor.logits(classes), strict=True):
             found = Found(path, stem, image, logits.numpy(), predictor.scores(logits))
             yield found, None if prior is None else prior[0].sigmoid().numpy()
