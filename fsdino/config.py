@@ -1,7 +1,7 @@
 """What can be chosen about a segmenter. Each switch names the paper's literal value; docs/method.md has the table."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from fsdino import paper
 from fsdino.errors import UserError
@@ -48,6 +48,11 @@ class SegmenterConfig:
     def sam_extras(self) -> bool:
         """Whether SAM's IoU head and three further mask tokens are kept, which its checkpoint needs."""
         return self.sam_decoder is not None
+
+    def record(self) -> dict[str, Any]:
+        """What tells it from others: all switches, but for those of a later release that are off."""
+        later = {"neighbours": False, "self_support": False, "fuse": False, "upscaling": "transposed"}
+        return {key: value for key, value in asdict(self).items() if later.get(key, ...) != value}
 
     def check(self) -> None:
         """Raises UserError for switches that exclude each other."""

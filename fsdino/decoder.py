@@ -47,8 +47,8 @@ def mask_downscaling(channels: int, hidden: int = paper.SAM_MASK_CHANNELS) -> nn
 
 
 class _Smooth(nn.Sequential):
-    """A 3x3 convolution, enlarged bilinearly: no position of a block of the enlarged map is unlike the others, which
-    transposed convolutions have to learn, and show as a chequered pattern until they did."""
+    """A 3x3 convolution, then bilinear enlargement: without the chequered pattern of untrained transposed
+    convolutions."""
 
     def __init__(self, in_channels: int, out_channels: int, _: int, stride: int):
         enlarge = nn.Upsample(scale_factor=stride, mode="bilinear", align_corners=False)

@@ -204,21 +204,22 @@ class EfficientNetLiteEncoder(nn.Module):
         return Features(F.normalize(early, dim=1), torch.cat([F.normalize(s, dim=1) for s in stages], dim=1))
 
     def early(self, x: Float[Tensor, "b 3 r r"]) -> Float[Tensor, "b c g g"]:
-        """The early features alone."""
-        return self(x).early
+        """The early features alone, for a third of the work."""
+        grid = -(-x.shape[-1] // 16)
+        return F.normalize(F.adaptive_avg_pool2d(self._stages(x, 3)[-1], grid), dim=1)
 
     def layer_maps(self, x: Float[Tensor, "b 3 r r"]) -> dict[str, Tensor]:
         """The output of each group of blocks on its own grid, called by its number and its stride."""
         strides = (2, 4, 8, 16, 16, 32, 32)
         return {f"blocks {n}, stride {strides[n]}": stage for n, stage in enumerate(self._stages(x))}
 
-    def _stages(self, x: Tensor) -> list[Tensor]:
-        """What each of the seven groups of blocks puts out."""
-        x, found = self.net.bn1(self.net.conv_stem(x)), []
-        for blocks in self.net.blocks:
+    def _stages(self, x: Tensor, count: int = 7) -> list[Tensor]:
+        """What each of the first groups of blocks puts out."""
+        x, stages = self.net.bn1(self.net.conv_stem(x)), []
+        for blocks in self.net.blocks[:count]:
             x = blocks(x)
-            found.append(x)
-        return found
+            stages.append(x)
+        return stages
 
 
 def build_encoder(
@@ -262,6 +263,7 @@ def encoder_of_checkpoint(record: dict[str, Any], weights: str | None = None) ->
             f"{name}: expected the weights {record['late']['weights']} that the checkpoint was trained on, "
             f"got {digest}; name the right file (--encoder-weights, encoder_weights=)"
         )
+    specs.check_layer(record)
     return build_encoder(name, weights, early_norm=trained_on["early_norm"], late_norm=trained_on["late_norm"])
 
 

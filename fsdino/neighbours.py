@@ -1,7 +1,7 @@
 """What the support positions nearest to each query position say of it, and what the query then says of itself.
 
 Not in the paper: a departure that pays (docs/method.md). Every map here depends on similarities alone, never on what
-the features are, so that nothing in it can be learnt by heart for the base classes.
+the features are, so that nothing in it can memorise the base classes.
 """
 
 import math
@@ -33,7 +33,7 @@ class Annotated(NamedTuple):
 
 
 def padded(positions: Sequence[Annotated]) -> Annotated:
-    """Classes with different numbers of shots as one batch: positions that are void all over make up the difference."""
+    """Classes with different numbers of shots as one batch; void positions pad those with fewer."""
     most = max(one.foreground.shape[-1] for one in positions)
     parts = zip(*([F.pad(x, (0, most - x.shape[-1])) for x in one] for one in positions), strict=True)
     return Annotated(*(torch.cat(part) for part in parts))
@@ -78,32 +78,32 @@ class NeighbourPrior(nn.Module):
         return Annotated(unit, foreground.flatten(1), background.flatten(1))
 
     def forward(
-        self, support: Annotated, query: Float[Tensor, "b c g g"], direct: Float[Tensor, "b 1 g g"]
+        self, support: Annotated, query: Float[Tensor, "b c g g"], direct: Float[Tensor, "b 1 m m"]
     ) -> Float[Tensor, "b 1 g g"]:
-        """Logits on the grid; `direct` is what the other prompts say, which the query's own vote takes in."""
+        """Logits on the grid; `direct` are those of the other prompts, which the query's own vote takes in."""
         grid = query.shape[-2:]
         with torch.autocast(query.device.type, enabled=False):  # halves round cosines as coarsely as they differ
             own = self._unit(query.float().flatten(2))
             of_support = support.features.float().split(self.groups, 1)
-            found = [
+            of_groups = [
                 of_group
                 for x, s, temperature in zip(own, of_support, self.log_temperature.exp(), strict=True)
                 for of_group in _neighbour_maps(x, s, support.foreground, support.background, temperature)
             ]
-        maps = torch.stack(found, 1).unflatten(2, grid)
+        maps = torch.stack(of_groups, 1).unflatten(2, grid)
         hidden = F.relu(self.second(F.relu(self.first(maps))))
         logits = self.last(hidden) + self.vote_scale * maps[:, ::MAPS].mean(1, keepdim=True)
         if not self.self_support:
             return logits
-        logits_before = logits + direct
-        probability = logits_before.float().sigmoid()
+        before = logits + F.adaptive_avg_pool2d(direct, grid)
+        probability = before.float().sigmoid()
         with torch.autocast(query.device.type, enabled=False):
-            found = [
+            own_maps = [
                 of_group.unflatten(2, grid)
                 for x, temperature in zip(own, self.own_log_temperature.exp(), strict=True)
                 for of_group in _own_maps(x, probability.flatten(2), temperature)
             ]
-        evidence = torch.cat([*found, logits_before.clamp(-8, 8) / 4, hidden], 1)
+        evidence = torch.cat([*own_maps, before.clamp(-8, 8) / 4, hidden], 1)
         return logits + self.own_last(F.relu(self.own_first(evidence)))
 
     def _unit(self, x: Float[Tensor, "b c n"]) -> list[Float[Tensor, "b _ n"]]:
@@ -131,10 +131,12 @@ def _neighbour_maps(
 def _nearest(
     cosine: Float[Tensor, "b q n"], weights: Float[Tensor, "b n"], known: Float[Tensor, "b n"]
 ) -> Float[Tensor, "b q"]:
-    """Mean of the largest five cosines with positions that show it by half, or with the five that show most of it."""
-    most = weights.masked_fill(known == 0, -1).topk(TOP_K, 1).indices
+    """Mean of the largest five cosines with positions of which it covers at least half, and the five that it covers
+    most."""
+    count = min(TOP_K, weights.shape[1])
+    most = weights.masked_fill(known == 0, -1).topk(count, 1).indices
     allowed = (weights >= 0.5).scatter(1, most, True)
-    return cosine.masked_fill(~allowed[:, None], -2).topk(TOP_K, 2).values.mean(2)
+    return cosine.masked_fill(~allowed[:, None], -2).topk(count, 2).values.mean(2)
 
 
 def _own_maps(

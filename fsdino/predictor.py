@@ -9,7 +9,7 @@ masks, scores = predictor.segment([cat])
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +96,7 @@ class Predictor:
         network: Any = encoder
         self.encoder: Encoder = network.to(self.device)
         self.segmenter, self.res_px = segmenter.to(self.device).eval(), res_px
-        config = json.dumps(asdict(segmenter.config), sort_keys=True)
+        config = json.dumps(segmenter.config.record(), sort_keys=True)
         self.digest = hashlib.sha256(f"{state_digest(segmenter)} {config}".encode()).hexdigest()[:16]
         self._images: list[_Encoded] = []
 
@@ -178,8 +178,8 @@ class Predictor:
     def logits(
         self, classes: Sequence[ClassEncoding]
     ) -> Iterator[tuple[Float[Tensor, "n h w"], Float[Tensor, "n m m"] | None]]:
-        """One image after another: its mask logits at its own size, and the prior's at 4 times the grid (4D variant
-        only)."""
+        """One image after another: its mask logits at its own size, and the prior's at 4 times the grid, where
+        the model has one."""
         support = self._support(classes)
         return (self._logits(of_image, support) for of_image in self._images)
 
@@ -222,14 +222,14 @@ class Predictor:
             raise UserError(
                 f"class {other[0]!r} was registered with another segmenter than {self.digest}; register it again"
             )
-        supports = [c.support for c in classes]
+        supports = [c.support.to(self.device) for c in classes]
         kernels = [s.kernel for s in supports if s.kernel is not None]
         positions = [s.annotated for s in supports if s.annotated is not None]
         return SupportEncoding(
-            prototype=torch.cat([s.prototype for s in supports]).to(self.device),
-            prompt=torch.cat([s.prompt for s in supports]).to(self.device),
-            kernel=torch.cat(kernels).to(self.device) if kernels else None,
-            annotated=Annotated(*(x.to(self.device) for x in padded(positions))) if positions else None,
+            prototype=torch.cat([s.prototype for s in supports]),
+            prompt=torch.cat([s.prompt for s in supports]),
+            kernel=torch.cat(kernels) if kernels else None,
+            annotated=padded(positions) if positions else None,
         )
 
     def _features(self, images: Sequence[Image.Image]) -> Features:

@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from fsdino.weights import from_hub
 
 
 class SupportEncoding(NamedTuple):
-    """A class, registered: all that its supports tell, averaged over shots."""
+    """A class, registered: all that its supports tell, averaged over shots but for `annotated`."""
 
     prototype: Float[Tensor, "b c"]
     prompt: Float[Tensor, "b t e"]
@@ -41,19 +42,23 @@ class SupportEncoding(NamedTuple):
 
     def expand(self, queries: int) -> "SupportEncoding":
         """For so many queries: one class for all of them, or already one for each."""
+        return self._each(lambda part: part.expand(queries, *part.shape[1:]))
 
-        def expanded(part: Tensor) -> Tensor:
-            return part.expand(queries, *part.shape[1:])
+    def to(self, device: torch.device) -> "SupportEncoding":
+        """The class on a device."""
+        return self._each(lambda part: part.to(device))
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "SupportEncoding":
         *parts, annotated = self
         return SupportEncoding(
-            *(None if part is None else expanded(part) for part in parts),
-            annotated=None if annotated is None else Annotated(*map(expanded, annotated)),
+            *(None if part is None else change(part) for part in parts),
+            annotated=None if annotated is None else Annotated(*map(change, annotated)),
         )
 
 
 class Prediction(NamedTuple):
-    """Logits at 4 times the grid. The prior is None in the compact variant, which has nothing to supervise there."""
+    """Logits at 4 times the grid. The prior is None in the compact variant without `neighbours`, where there is nothing
+    to supervise."""
 
     prior_logits: Float[Tensor, "b 1 m m"] | None
     mask_logits: Float[Tensor, "b 1 m m"]
@@ -149,10 +154,9 @@ class Segmenter(nn.Module):
             dense_logits = dense_logits + self.correlation(support.kernel, late, similarity)
         if self.neighbours is not None:
             assert support.annotated is not None
-            on_grid = F.adaptive_avg_pool2d(dense_logits, late.shape[-1])
-            found = self.neighbours(support.annotated, late, on_grid)
+            of_neighbours = self.neighbours(support.annotated, late, dense_logits)
             dense_logits = dense_logits + F.interpolate(
-                found, scale_factor=paper.PRIOR_UPSCALE, mode="bilinear", align_corners=False
+                of_neighbours, scale_factor=paper.PRIOR_UPSCALE, mode="bilinear", align_corners=False
             )
         dense = self.mask_downscaling(dense_logits)
         mask = self.decoder(embedding, self.positional_encoding(late.shape[-1]), support.prompt, dense)

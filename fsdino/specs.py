@@ -4,7 +4,7 @@ The classes in encoder.py and teacher.py compute what these describe; a test com
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fsdino import paper
 from fsdino.errors import UserError
@@ -21,7 +21,7 @@ class Layer:
     """What is applied behind it: the network's final norm, L2 or layer norm over channels, or nothing."""
     channels: int
     groups: tuple[int, ...] = ()
-    """Channels of each of the stages that it is made of; none: of one."""
+    """Channels of each of the stages that it is made of; empty: one group."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,17 @@ def encoder_spec(name: str, early_norm: bool = False, late_norm: bool = True) ->
     stride8, *stages = LITE[name]
     late = Layer("blocks3+blocks4+blocks5+blocks6", "l2", sum(stages), tuple(stages))
     return EncoderSpec(name, 16, Layer("stride8", "l2", stride8), late)
+
+
+def check_layer(record: dict[str, Any]) -> None:
+    """Raises UserError if this release computes other late features than a checkpoint was trained on."""
+    backbone, trained_on = record["backbone"], record["late"]
+    layer = encoder_spec(backbone["encoder"], backbone["early_norm"], backbone["late_norm"]).late
+    if trained_on.get("layer", layer.name) != layer.name:
+        raise UserError(
+            f"the checkpoint was trained on {backbone['encoder']}'s {trained_on['layer']}, and this release computes "
+            f"{layer.name}; train it again"
+        )
 
 
 def teacher_spec(name: str) -> TeacherSpec:

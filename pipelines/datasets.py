@@ -99,7 +99,7 @@ def listing(
     training = split == "train"
     if pairs is not None:
         if fold is None:
-            raise UserError("--pairs: has lists of folds, so there are none for --fold none")
+            raise UserError("--pairs, --fold none: lists exist for folds only; name a fold, or leave --pairs out")
         listed = [p for p in read_pairs(pairs, dataset, fold, training) if (p[1] in held_out) == validating]
         return Listing(of_pairs(listed), listed)
     if validating:

@@ -22,6 +22,7 @@ from fsdino import paper
 from fsdino.config import SegmenterConfig, SegmenterShape
 from fsdino.data.dataset import Dataset
 from fsdino.data.episodes import EpisodeSampler
+from fsdino.data.folds import in_words
 from fsdino.episodic import EpisodeBatch, EpisodeLoss, segment_batch
 from fsdino.metrics import FewShotScore, count
 from fsdino.segmenter import Segmenter
@@ -29,7 +30,7 @@ from fsdino.state import sam_decoder_state
 from pipelines import checkpoints, panels, tracking, training
 from pipelines.checkpoints import AdapterPlan
 from pipelines.loading import EpisodeLoader
-from pipelines.recipes import Episodic, in_words
+from pipelines.recipes import Episodic
 
 PANEL_ROWS = 4
 PANELS = 8  # pictures of the same episodes, over a training
@@ -138,7 +139,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         pending.add(done, train_step(model, optimiser, parts, worker, job.episodic.clip))
         if averaged is not None:
             averaged.update_parameters(segmenter)
-        worker.report(f"train {in_words(job.origin['fold'])}", done, steps)
+        worker.report(f"train {in_words(job.sampler.fold)}", done, steps)
         validates = job.validation is not None and (done % job.episodic.validate_every == 0 or done == steps)
         gathers = done % training.GATHER_EVERY == 0
         stop, due = worker.wishes(checkpointed) if gathers else (False, False)

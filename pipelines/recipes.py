@@ -389,13 +389,8 @@ def departures(section: Any, of_recipe: Any) -> list[str]:
     return words
 
 
-def in_words(fold: int | None) -> str:
-    """A fold, or none, as sentences have it."""
-    return "all classes" if fold is None else f"fold {fold}"
-
-
 def fold_title(fold: int | None) -> str:
-    """As names of runs have it."""
+    """A fold, or none, as names of runs have it."""
     return "all-classes" if fold is None else f"fold{fold}"
 
 

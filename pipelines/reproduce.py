@@ -43,7 +43,7 @@ def job(settings: Settings) -> dict[str, Any]:
     results = sequence.run(settings, sequence.plan(settings), log)
     sequence.stop_ray()
     if settings.ablate:
-        scores = ablation.scores_of(results, sequence.ablation_titles(settings, settings.folds))
+        scores = ablation.scores_of(sequence.trials_of(settings), results)
         print("\n".join(ablation.table(scores)))
         return {"dataset": dataset.name, "ablation": scores}
     scores = {}

@@ -90,7 +90,7 @@ def plan(study: Study) -> list[Step]:
     if adapter != "joint":
         steps.append(Step("bake embeddings", "bake_embeddings", distilled))
     if study.ablate:
-        return steps + [step for fold in study.folds for step in _ablated(study, fold, distilled)]
+        return steps + [step for trial in trials_of(study) for step in _tried(trial, study, distilled)]
     for fold in study.folds:
         for method in study.methods if study.table != 3 else ():
             steps += [_score(method, fold, shots, {"method": method}) for shots in study.shots]
@@ -108,31 +108,35 @@ def plan(study: Study) -> list[Step]:
     return steps
 
 
-def _ablated(study: Study, fold: int, distilled: Callable[[Results], dict[str, Any]]) -> Iterator[Step]:
-    """Training and score of each model of the ablation, with each seed."""
-    for name, _, seed, title in ablation_titles(study, (fold,)):
-        chosen = ablation.ablations(study.model, study.episodic)[name]
-        workers = replace(study.workers, seed=seed)
-        own = {"model": chosen.model, "fold": fold}
-        trained = f"train {name}, fold {fold}, seed {seed}"
-        settings = {**own, "episodic": chosen.episodic, "workers": workers, "register": False}
-        yield Step(trained, "train_episodic", _with(distilled, settings))
-        yield _score(name, fold, 1, own, trained, title)
+def _tried(trial: ablation.Trial, study: Study, distilled: Callable[[Results], dict[str, Any]]) -> list[Step]:
+    """Training and score of a model of the ablation."""
+    own = {"model": trial.model, "fold": trial.fold}
+    training = f"train {trial.name}, fold {trial.fold}, seed {trial.seed}"
+    workers = replace(study.workers, seed=trial.seed)
+    settings = {**own, "episodic": trial.episodic, "workers": workers, "register": False}
+    train = Step(training, "train_episodic", _with(distilled, settings))
+    return [train, _score(trial.name, trial.fold, 1, own, training, trial.title)]
 
 
-def ablation_titles(study: Study, folds: Sequence[int]) -> Iterator[tuple[str, int, int, str]]:
-    """Name, fold and seed of each model of the ablation, and the title of the step that scores it."""
+def trials_of(study: Study) -> list[ablation.Trial]:
+    """The models of the ablation."""
     first = study.workers.seed
-    for fold in folds:
-        for seed in range(first, first + study.train_seeds):
-            for name in ablation.ablations(study.model, study.episodic):
-                yield name, fold, seed, f"score {name}, fold {fold}, seed {seed}"
+    seeds = range(first, first + study.train_seeds)
+    return list(ablation.trials(study.model, study.episodic, study.folds, seeds))
 
 
 def asked(study: Study) -> Study:
     """The study with what its table needs. Raises UserError for flags that exclude each other."""
     if study.ablate and study.table is not None:
         raise UserError(f"--ablate, --table {study.table}: expected one of them; table 4 has the paper's own ablation")
+    if study.ablate and study.shots != (1,):
+        raise UserError("--ablate: scores one support; leave out --shots")
+    if study.ablate and study.model.adapter != "distilled":
+        raise UserError(f"--ablate, --adapter {study.model.adapter}: expected distilled, which is compared with joint")
+    if study.train_seeds > 1 and not study.ablate:
+        raise UserError(f"--train-seeds {study.train_seeds}: is of --ablate; train with --seed instead")
+    for model in models_of(study).values():
+        model.check()
     folds = tuple(range(4))
     seeds = max(study.testing.seeds, protocol_of(study.benchmark.protocol).seeds)
     if study.table in (1, 2):

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from feature_store import FeatureStore, Fingerprint
 from fsdino.config import SegmenterConfig
+from fsdino.data.folds import in_words
 from fsdino.errors import UserError
+from fsdino.specs import check_layer
 from fsdino.weights import weights_digest
 from pipelines import checkpoints, stores
-from pipelines.recipes import Backbone, in_words, model_run, model_title
+from pipelines.recipes import Backbone, model_run, model_title
 from pipelines.scoring_plan import MethodPlan
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def _segmenter(settings: "Settings", dataset: str) -> Subject:
     if "late" not in record or "run" not in record:
         raise UserError(f"{url}: the checkpoint does not say what it was trained on; use one written by train_episodic")
     if _family(record["dataset"]) == _family(dataset) and record["fold"] != settings.fold:
-        cure = "another data set" if record["fold"] is None else in_words(record["fold"])
+        cure = "a data set whose classes it has not seen" if record["fold"] is None else in_words(record["fold"])
         raise UserError(
             f"{url}: trained for {in_words(record['fold'])}, so it has seen the classes of fold {settings.fold}; "
             f"evaluate it on {cure}"
@@ -58,6 +60,7 @@ def _segmenter(settings: "Settings", dataset: str) -> Subject:
     if late is None:
         backbone = replace(backbone, encoder_weights=settings.backbone.encoder_weights or backbone.encoder_weights)
         check_encoder(backbone, trained_on.weights)
+        check_layer(record)
         fingerprint = stores.encoded_fingerprint(backbone, "late", backbone.res, trained_on.weights)
     else:
         fingerprint = late.fingerprint

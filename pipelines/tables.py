@@ -82,11 +82,14 @@ def gather(tracking_uri: str, **asked: Any) -> dict[str, Method]:
         if any(params.get(key) != str(value) for key, value in asked.items()):
             continue
         identity = {key: value for key, value in sorted(params.items()) if key not in OF_A_FOLD}
+        if "trained.fold" in params:
+            identity["trained.classes"] = "all" if params["trained.fold"] == "None" else "base"
         method = methods.setdefault(tuple(identity.items()), Method(identity))
         # On a data set of one fold, a row is the models of another's folds.
         transferred = params.get("trained.dataset", "None") not in ("None", params["dataset"])
         one_fold = params.get("folds", "1 ").split()[0] == "1"
-        fold, seed = params["trained.fold" if transferred and one_fold else "fold"], params["test_seed"]
+        of_folds = transferred and one_fold and identity["trained.classes"] == "base"
+        fold, seed = params["trained.fold" if of_folds else "fold"], params["test_seed"]
         scored = " ".join(str(params.get(key)) for key in OF_THE_SAME)
         if method.scored.setdefault(fold, scored) != scored:
             several.add(f"{params['method']}, fold {fold}: several checkpoints or images; the newest are shown")

@@ -1,7 +1,8 @@
 """Episodic training (Sec. 3.4.3): late and embedding stores in, a segmenter's checkpoint out.
 
     python -m pipelines.train_episodic --fold 1
-    python -m pipelines.train_episodic --fold all
+    python -m pipelines.train_episodic --fold all     # each fold
+    python -m pipelines.train_episodic --fold none    # a model of all classes
 
 Each step takes episodes that depend on (seed, fold, index) alone, reads their cached features, and trains everything
 but encoder and adapter with Dice + BCE on prior and final mask. A killed run resumes from its last checkpoint.
@@ -18,7 +19,7 @@ import numpy as np
 from feature_store import FeatureStore
 from fsdino.config import SegmenterConfig, SegmenterShape
 from fsdino.data.dataset import Dataset, Split
-from fsdino.data.episodes import EpisodeSampler
+from fsdino.data.episodes import NO_FOLD, EpisodeSampler
 from fsdino.data.protocols import Protocol
 from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a few-shot segmenter on the base classes of a fold."""
+    """Train a few-shot segmenter on the base classes of a fold, or on all classes."""
 
     recipe: RecipeName
     places: Places
@@ -82,9 +83,10 @@ Plan = tuple[RunFolder, "Callable[[], EpisodicJob]"]
 
 
 def job(settings: Settings) -> dict[str, Any]:
-    """Check stores, fold and adapter, then train on Ray Train; a finished run just prints its result."""
+    """Check switches, stores, fold and adapter, then train on Ray Train; a finished run just prints its result."""
     if {"/", ":"} & set(settings.model_name):
         raise UserError(f"--model-name {settings.model_name}: expected a name without / and :")
+    settings.model.check()
     if settings.fold == "all":
         from pipelines import all_folds
 
@@ -152,7 +154,7 @@ def planned(settings: Settings, fold: int | None) -> Plan:
         images,
         rules,
         shots=episodic.train_shots,
-        fold=len(dataset.folds) if fold is None else fold,
+        fold=fold,
         seed=settings.workers.seed,
         training=True,
         num_views=backbone.num_views,
@@ -168,7 +170,7 @@ def planned(settings: Settings, fold: int | None) -> Plan:
         late.fingerprint.channels,
         late.fingerprint.grid,
         adapter.out_channels,
-        encoder_spec(settings.backbone.encoder).late.groups,
+        encoder_spec(backbone.encoder).late.groups,
     )
     origin: dict[str, Any] = {
         "recipe": settings.recipe,
@@ -186,7 +188,7 @@ def planned(settings: Settings, fold: int | None) -> Plan:
         "train_precision": settings.device.train_precision,
     }
     same = identity(
-        model=model,
+        model=model.record(),
         steps=steps,
         rules=rules.of_training(),
         images=sampler.digest,
@@ -279,7 +281,7 @@ def held_out_classes(settings: Settings, fold: int | None, dataset: Dataset) -> 
     base, wanted = dataset.folds.base(fold), settings.episodic.validation_classes
     if wanted >= len(base):
         raise UserError(f"--validation-classes {wanted}: expected fewer than the {len(base)} base classes")
-    drawn = np.random.default_rng([settings.workers.seed, len(dataset.folds) if fold is None else fold]).choice(
+    drawn = np.random.default_rng([settings.workers.seed, NO_FOLD if fold is None else fold]).choice(
         base, wanted, replace=False
     )
     return sorted(int(class_id) for class_id in drawn)
@@ -307,7 +309,7 @@ def validation_sampler(
         images,
         rules,
         shots=settings.episodic.train_shots,
-        fold=len(dataset.folds) if fold is None else fold,
+        fold=fold,
         seed=settings.workers.seed,
         training=False,
         test_view=rules.test_view if on == "novel" else PLAIN,

@@ -231,6 +231,10 @@ def test_a_checkpoint_names_its_encoder_and_refuses_other_weights():
     assert (encoder.early_norm, encoder.late_norm) == (False, False)
     with pytest.raises(UserError, match=f"tiny_vit: expected the weights abc that .* got {digest}; name the right"):
         encoder_of_checkpoint(record | {"late": {"weights": "abc"}})
+    with pytest.raises(
+        UserError, match="trained on tiny_vit's block7, and this release computes block3; train it again"
+    ):
+        encoder_of_checkpoint(record | {"late": {"weights": digest, "layer": "block7"}})
 
 
 @pytest.mark.parametrize("name", ["tiny_vit", "tf_efficientnet_lite0"])

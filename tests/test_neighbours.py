@@ -153,6 +153,12 @@ def test_a_smooth_decoder_shows_no_chequered_pattern():
     assert spread["bilinear"] < 1e-6 and spread["transposed"] > 0.01
 
 
+def test_switches_of_a_later_release_that_are_off_make_no_other_model():
+    plain = SegmenterConfig().record()
+    assert not {"neighbours", "self_support", "fuse", "upscaling"} & plain.keys() and plain["variant"] == "4d"
+    assert SWITCHES.record() == dataclasses.asdict(SWITCHES)
+
+
 @pytest.mark.parametrize(
     "config, said",
     [

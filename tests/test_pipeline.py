@@ -303,7 +303,7 @@ def test_a_model_of_all_classes_with_all_that_offline_adds_is_trained_and_used_b
     assert record["fold"] is None and model.config.neighbours and model.config.upscaling == "bilinear"
     of_fold = Segmenter.load(whole_run["4d"]["checkpoint"])[1]
     assert record["base_images"] > of_fold["base_images"]
-    seen = "trained for all classes, so it has seen the classes of fold 1; evaluate it on another data set"
+    seen = "trained for all classes, so it has seen the classes of fold 1; evaluate it on a data set whose classes"
     with pytest.raises(UserError, match=seen):
         run("evaluate", *flags(places), "--fold", FOLD, "--checkpoint", trained["checkpoint"])
     support, label = (

@@ -78,6 +78,16 @@ def test_models_of_another_data_set_are_told_by_the_folds_that_they_are_tested_o
     assert {f: alone.cell(f, "miou")[0] for f in alone.folds} == pytest.approx({"0": 0.5, "1": 0.6})
 
 
+def test_a_model_of_all_classes_has_a_row_of_its_own(uri):
+    of_folds = {"trained__dataset": "other", "folds": "4 f+4v"}
+    log(uri, 0, 0.5, **of_folds, trained__fold=0)
+    log(uri, 0, 0.6, **of_folds, trained__fold=None)
+    log(uri, 0, 0.7, trained__dataset="other", trained__fold=None, folds="1 its own", dataset="one-fold")
+    assert gather(uri) == {"4d": {"0": 0.6}, "4d (trained.classes base)": {"0": 0.5}}
+    (alone,) = tables.gather(uri, dataset="one-fold").values()
+    assert alone.cell("0", "miou")[0] == pytest.approx(0.7)
+
+
 def test_of_two_checkpoints_of_a_fold_the_newest_is_shown_and_that_is_said(uri, capsys):
     log(uri, 0, 0.5)
     log(uri, 0, 0.6, checkpoint="retrained")

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fsdino.data.folds import in_words
 from fsdino.data.protocols import ImageClasses, Order
 from fsdino.errors import DataError
 
 TRAIN, TEST, ORDER, ABSENT, WAYS = 0, 1, 2, 3, 4
+NO_FOLD = 10_000  # stands for the fold in the seed of episodes of all classes
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class EpisodeSampler:
         images: Mapping[str, ImageClasses],
         *,
         shots: int,
-        fold: int,
+        fold: int | None,
         seed: int,
         training: bool,
         num_views: int = 1,
@@ -74,12 +76,12 @@ class EpisodeSampler:
         few = {c: count for c, count in few.items() if count < least}
         if not self.images:
             raise DataError(
-                f"fold {fold}: expected images of its {'base' if training else 'novel'} classes, got none at all; "
+                f"{in_words(fold)}: expected images of its {'base' if training else 'novel'} classes, got none at all; "
                 "check lists and labels"
             )
         if few:
             raise DataError(
-                f"fold {fold}: expected at least {least} images of every class for {shots}-shot episodes, "
+                f"{in_words(fold)}: expected at least {least} images of every class for {shots}-shot episodes, "
                 f"got {few}; use fewer shots or more images"
             )
         self.classes = {image_id: of_image.drawn for image_id, of_image in images.items()}
@@ -91,6 +93,7 @@ class EpisodeSampler:
         self.digest = hashlib.sha256(json.dumps(drawn_from).encode()).hexdigest()[:8]
         """Of the images and their classes: what the episodes are drawn from."""
         self.shots, self.fold, self.seed, self.training = shots, fold, seed, training
+        self._fold_seed = NO_FOLD if fold is None else fold
         self.num_views, self.flip, self.test_view, self.repeats_supports = num_views, flip, test_view, repeats_supports
         self.absent_share = 0.0
         self._lacking: Mapping[str, Sequence[int]] = {}
@@ -105,7 +108,7 @@ class EpisodeSampler:
     def episode(self, index: int, seed: int | None = None) -> Episode:
         """The episode of that index, of another seed if one is given."""
         seed = self.seed if seed is None else seed
-        rng = np.random.default_rng([seed, self.fold, TRAIN if self.training else TEST, index])
+        rng = np.random.default_rng([seed, self._fold_seed, TRAIN if self.training else TEST, index])
         query, class_id = self._query(rng, index)
         others = [image_id for image_id in self.by_class[class_id] if image_id != query]
         supports = tuple(others[i] for i in rng.choice(len(others), self.shots, replace=self.repeats_supports))
@@ -131,12 +134,12 @@ class EpisodeSampler:
         classes = {i: [c for c in sorted(self.by_class) if not pixels[i].get(c)] for i in self.images}
         found = {image_id: lacked for image_id, lacked in classes.items() if lacked}
         if not found:
-            raise DataError(f"fold {self.fold}: expected images that lack one of its classes, got none")
+            raise DataError(f"{in_words(self.fold)}: expected images that lack one of its classes, got none")
         return found
 
     def absent(self, index: int, lacking: Mapping[str, Sequence[int]], seed: int | None = None) -> Episode:
         """An episode whose query lacks the class: the images of `lacking` in turn, each with one of its classes."""
-        rng = np.random.default_rng([self.seed if seed is None else seed, self.fold, ABSENT, index])
+        rng = np.random.default_rng([self.seed if seed is None else seed, self._fold_seed, ABSENT, index])
         query = list(lacking)[index % len(lacking)]
         class_id, supports = self._absent(rng, query, lacking)
         return Episode(class_id, query, supports, (self.test_view,) * (1 + self.shots), (False,) * (1 + self.shots))
@@ -155,7 +158,7 @@ class EpisodeSampler:
         seed = self.seed if seed is None else seed
         episodes = [self.episode(index, seed)]
         query, first = episodes[0].query, episodes[0].class_id
-        rng = np.random.default_rng([seed, self.fold, WAYS, index])
+        rng = np.random.default_rng([seed, self._fold_seed, WAYS, index])
         others = [class_id for class_id in sorted(self.by_class) if class_id != first]
         for class_id in rng.choice(others, ways - 1, replace=False).tolist():
             members = [image_id for image_id in self.by_class[class_id] if image_id != query]
@@ -170,7 +173,7 @@ class EpisodeSampler:
             return self.by_class[class_id][rng.integers(len(self.by_class[class_id]))], class_id
         epoch, position = divmod(index, len(self))
         if self.training:
-            position = _order(self.seed, self.fold, epoch, len(self))[position]
+            position = _order(self.seed, self._fold_seed, epoch, len(self))[position]
         if self.pairs:
             return self.pairs[position]
         query = self.images[position]

@@ -26,14 +26,21 @@ class Folds:
         return list(self.tested[fold])
 
     def base(self, fold: int | None) -> list[int]:
-        """Class ids that a fold may train; without a fold, all."""
+        """Class ids that a fold may train; without a fold, all that folds test."""
         if self.trained is not None:
+            if fold is None:
+                raise UserError("--fold none: the data set says which classes train; use --fold 0")
             return list(self.trained)
         novel = self.novel(fold)
         return sorted(c for classes in self.tested for c in classes if c not in novel)
 
     def __len__(self) -> int:
         return len(self.tested)
+
+
+def in_words(fold: int | None) -> str:
+    """A fold, or none, as sentences have it."""
+    return "all classes" if fold is None else f"fold {fold}"
 
 
 def blocks(num_classes: int, num_folds: int = 4) -> Folds:

@@ -52,7 +52,7 @@ class Settings:
     """Of the stores; 2.1 MB each in float16."""
     batches: tuple[int, ...] = (8, 32)
     """Episodes of a training step; 8 is the paper's."""
-    said: str = ""
+    provenance: str = ""
     """What the page says of commit and machine."""
     out: Path | None = None
     """Markdown file to write."""
@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
         "latency": ("One photograph at a time", latency_table),
         "compiled": ("Through torch.compile, bf16", compiled_table),
     }
-    lines = ["# On a GPU", "", f"`python -m tests.benchmarks.bench_gpu` {settings.said}".strip() + ", "]
+    lines = ["# On a GPU", "", f"`python -m tests.benchmarks.bench_gpu` {settings.provenance}".strip() + ", "]
     lines[-1] += f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%F')}."
     for part in settings.parts:
         title, made = parts[part]
