@@ -35,6 +35,9 @@ class SegmenterConfig:
     """Add to the dense prompt what the support positions nearest to each query position say; off: the paper's."""
     self_support: bool = False
     """With `neighbours`: let the query's own positions then vote for those that resemble them; off: the paper's."""
+    presence: bool = False
+    """With `neighbours`: score whether a query shows the class at all, and leave its mask empty if it does not seem to;
+    off: the paper's, whose tests always show it."""
     fuse: bool = False
     """Add the dense prompt's logits to the decoder's; off: the paper's, where the decoder has the last word."""
     upscaling: Literal["transposed", "bilinear"] = "transposed"
@@ -51,13 +54,16 @@ class SegmenterConfig:
 
     def record(self) -> dict[str, Any]:
         """What tells it from others: all switches, but for those of a later release that are off."""
-        later = {"neighbours": False, "self_support": False, "fuse": False, "upscaling": "transposed"}
+        off = dict.fromkeys(("neighbours", "self_support", "presence", "fuse"), False)
+        later = {**off, "upscaling": "transposed"}
         return {key: value for key, value in asdict(self).items() if later.get(key, ...) != value}
 
     def check(self) -> None:
         """Raises UserError for switches that exclude each other."""
-        if self.self_support and not self.neighbours:
-            raise UserError("--self-support: corrects what --neighbours finds; turn that on as well, or this off")
+        for name in ("self_support", "presence"):
+            if getattr(self, name) and not self.neighbours:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: rests on what --neighbours finds; turn that on as well, or --no-{flag}")
         if self.sam_decoder is not None and self.upscaling != "transposed":
             raise UserError("--upscaling bilinear: SAM's decoder has transposed convolutions; leave out --sam-decoder")
 

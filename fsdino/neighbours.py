@@ -122,13 +122,13 @@ def _neighbour_maps(
     known = foreground + background
     share = torch.softmax(cosine / temperature, 2) @ torch.stack([foreground, known], 2)
     vote = share[..., 0] / share[..., 1].clamp_min(EPS) - 0.5
-    inside, outside = (_nearest(cosine, weights, known) for weights in (foreground, background))
+    inside, outside = (nearest(cosine, weights, known) for weights in (foreground, background))
     low, high = inside.amin(1, keepdim=True), inside.amax(1, keepdim=True)
     stretched = 2 * (inside - low) / (high - low).clamp_min(1e-4) - 1
     return [4 * vote, 10 * (inside - outside), stretched, 5 * _contrast(query, support, foreground, background)]
 
 
-def _nearest(
+def nearest(
     cosine: Float[Tensor, "b q n"], weights: Float[Tensor, "b n"], known: Float[Tensor, "b n"]
 ) -> Float[Tensor, "b q"]:
     """Mean of the largest five cosines with positions of which it covers at least half, and the five that it covers

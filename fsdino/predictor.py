@@ -45,7 +45,19 @@ class Segmentation(NamedTuple):
     masks: Bool[np.ndarray, "n h w"]
     """At the image's own size."""
     scores: Float[np.ndarray, "n"]
-    """Mean probability of the class over its mask's pixels, in [0.5, 1]; 0 if the mask is empty."""
+    """Probability in [0, 1] that the image shows the class; the mask is empty if it is below the model's threshold. Of
+    a model without `presence`: mean probability over the mask's pixels, in [0.5, 1], or 0 if there are none."""
+
+
+class Logits(NamedTuple):
+    """What was found in one image, before it is cut at 0."""
+
+    mask: Float[Tensor, "n h w"]
+    """At the image's own size; float16 if it was looked at in tiles."""
+    prior: Float[Tensor, "n m m"] | None
+    """At 4 times the grid, where the model has one."""
+    scores: Float[np.ndarray, "n"]
+    """As in Segmentation."""
 
 
 @dataclass(frozen=True)
@@ -173,43 +185,46 @@ class Predictor:
 
     def segment_batch(self, classes: Sequence[ClassEncoding]) -> list[Segmentation]:
         """As `segment`, for each of the images that `set_images` got."""
-        return [Segmentation((logits > 0).numpy(), self.scores(logits)) for logits, _ in self.logits(classes)]
+        return [Segmentation((found.mask > 0).numpy(), found.scores) for found in self.logits(classes)]
 
-    def logits(
-        self, classes: Sequence[ClassEncoding]
-    ) -> Iterator[tuple[Float[Tensor, "n h w"], Float[Tensor, "n m m"] | None]]:
-        """One image after another: its mask logits at its own size, and the prior's at 4 times the grid, where
-        the model has one."""
+    def logits(self, classes: Sequence[ClassEncoding]) -> Iterator[Logits]:
+        """As `segment_batch`, one image after another, as logits."""
         support = self._support(classes)
         return (self._logits(of_image, support) for of_image in self._images)
 
     @torch.inference_mode()
-    def _logits(self, image: "_Encoded", support: SupportEncoding) -> tuple[Tensor, Tensor | None]:
-        predicted = self._predicted(image, support)
-        width, height = image.size
+    def _logits(self, image: "_Encoded", support: SupportEncoding) -> Logits:
+        predicted, (width, height) = self._predicted(image, support), image.size
+        presence = [predicted.presence]
         if image.tiles:
-            whole, tiles = predicted.mask_logits[:, 0], image.tiles
-            found = ((box, self._predicted(tile, support).mask_logits[:, 0]) for box, tile in tiles)
-            mask = blended(whole, height, width, found, image.overlap)
+
+            def tiles() -> Iterator[tuple[Box, Tensor]]:
+                for box, tile in image.tiles:
+                    of_tile = self._predicted(tile, support)
+                    presence.append(of_tile.presence)
+                    yield box, of_tile.mask_logits[:, 0]
+
+            mask = blended(predicted.mask_logits[:, 0], height, width, tiles(), image.overlap)
         else:
             size = (height, width)
             mask = F.interpolate(predicted.mask_logits, size=size, mode="bilinear", align_corners=False)[:, 0].cpu()
-        prior = predicted.prior_logits
-        return mask, None if prior is None else prior[:, 0].cpu()
+        prior, known = predicted.prior_logits, [one for one in presence if one is not None]
+        scores = torch.stack(known).amax(0).float().cpu().numpy() if known else self._sureness(mask)
+        return Logits(mask, None if prior is None else prior[:, 0].cpu(), scores)
 
     def _predicted(self, image: "_Encoded", support: SupportEncoding) -> Prediction:
         """Every class in one square."""
         classes = len(support.prototype)
         late, embedding = (x.float().expand(classes, -1, -1, -1) for x in (image.late, image.embedding))
-        return self.segmenter.segment(late, embedding, support)
+        return self.segmenter.segment(late, embedding, support).emptied(self.segmenter.threshold)
 
     def _encoded(self, image: Image.Image) -> "_Encoded":
         features = self._features([image])
         return _Encoded(image.size, features.late, self.segmenter.embed(features.early))
 
     @staticmethod
-    def scores(logits: Float[Tensor, "n h w"]) -> Float[np.ndarray, "n"]:
-        """Scores of masks, as in `Segmentation`."""
+    def _sureness(logits: Float[Tensor, "n h w"]) -> Float[np.ndarray, "n"]:
+        """Scores of masks of a model without `presence`."""
         found = [of_class[of_class > 0].float().sigmoid() for of_class in logits]
         return np.array([float(inside.mean()) if len(inside) else 0.0 for inside in found], np.float32)
 

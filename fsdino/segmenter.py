@@ -21,6 +21,7 @@ from fsdino.correlation import CorrelationPrior
 from fsdino.decoder import MaskDecoder, PositionalEncoding, mask_downscaling
 from fsdino.errors import UserError
 from fsdino.neighbours import Annotated, NeighbourPrior
+from fsdino.presence import Presence, evidence
 from fsdino.prompts import (
     SemanticVisualPrompt,
     contrast_prototype,
@@ -62,6 +63,15 @@ class Prediction(NamedTuple):
 
     prior_logits: Float[Tensor, "b 1 m m"] | None
     mask_logits: Float[Tensor, "b 1 m m"]
+    presence: Float[Tensor, "b"] | None = None
+    """Probability that the query shows the class, where the model scores it."""
+
+    def emptied(self, threshold: float) -> "Prediction":
+        """Without masks of classes that are less probable than the threshold: their logits are at most -1."""
+        if self.presence is None:
+            return self
+        absent = (self.presence < threshold)[:, None, None, None]
+        return self._replace(mask_logits=torch.where(absent, self.mask_logits.clamp(max=-1), self.mask_logits))
 
 
 class Segmenter(nn.Module):
@@ -86,9 +96,10 @@ class Segmenter(nn.Module):
                 start=config.start,
             )
         self.neighbours = None
+        groups = shape.late_groups or (shape.late_channels,)
         if config.neighbours:
-            groups = shape.late_groups or (shape.late_channels,)
             self.neighbours = NeighbourPrior(groups, self_support=config.self_support)
+        self.presence = None if not config.presence else Presence(len(groups))
         direct = config.variant == "compact" or config.refine
         self.similarity_scale = nn.Parameter(torch.tensor(paper.SIMILARITY_SCALE)) if direct else None
         self.mask_downscaling = mask_downscaling(width)
@@ -163,7 +174,16 @@ class Segmenter(nn.Module):
         if self.config.fuse:
             mask = mask + dense_logits
         is_prior = self.correlation is not None or self.neighbours is not None
-        return Prediction(prior_logits=dense_logits if is_prior else None, mask_logits=mask)
+        prior, presence = dense_logits if is_prior else None, None
+        if self.presence is not None and not self.training:
+            assert self.neighbours is not None and support.annotated is not None
+            presence = self.presence(evidence(self.neighbours.groups, support.annotated, late, mask))
+        return Prediction(prior, mask, presence)
+
+    @property
+    def threshold(self) -> float:
+        """The presence score from which a class counts as shown; 0 where the model has none."""
+        return 0.0 if self.presence is None else float(self.presence.threshold)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """As `save`, by the name that the ecosystem knows it by; with what it was loaded with."""

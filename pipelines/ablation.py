@@ -43,8 +43,9 @@ def trials(model: SegmenterConfig, episodic: Episodic, folds: Sequence[int], see
 
 
 def changes(model: SegmenterConfig, episodic: Episodic) -> dict[str, tuple[SegmenterConfig, Episodic]]:
-    """The recipe's own model, then one for each switch that departs from the paper, at the paper's value (the literal
+    """The recipe's own model, without presence scores, as every query of a table shows its class, then one for each switch that departs from the paper, at the paper's value (the literal
     one for `start`), one for each part of the method, without it, and one of the other variant."""
+    model = replace(model, presence=False)
     models = {OWN: (model, episodic)}
     paper = replace(paper_recipe().model, start="pytorch")
     for field in fields(model):
@@ -54,7 +55,7 @@ def changes(model: SegmenterConfig, episodic: Episodic) -> dict[str, tuple[Segme
         if field.name == "variant":
             other = "compact" if own == "4d" else "4d"
         elif field.name == "sam_decoder":
-            continue  # the paper's needs SAM's checkpoint; without one there is nothing to compare
+            continue  # its checkpoint is there or is not
         elif own == other:
             other = PARTS.get(field.name, own)
         if own != other:

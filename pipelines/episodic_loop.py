@@ -27,7 +27,7 @@ from fsdino.episodic import EpisodeBatch, EpisodeLoss, segment_batch
 from fsdino.metrics import FewShotScore, count
 from fsdino.segmenter import Segmenter
 from fsdino.state import sam_decoder_state
-from pipelines import checkpoints, panels, tracking, training
+from pipelines import checkpoints, panels, presence_fit, tracking, training
 from pipelines.checkpoints import AdapterPlan
 from pipelines.loading import EpisodeLoader
 from pipelines.recipes import Episodic
@@ -57,6 +57,8 @@ class EpisodicJob:
     """Whether a query's void counts as background in the loss."""
     validation: EpisodeSampler | None
     """Episodes that choose the best weights."""
+    lacking: dict[str, list[int]] | None
+    """Training images that lack classes, and which, for a model that scores presence."""
     origin: dict[str, Any]
     """What the checkpoint's record says of where it comes from."""
     adapter: dict[str, Tensor]
@@ -188,10 +190,14 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         run.folder(final, "segmenter")
         if job.validation is not None:
             run.folder(f"{worker.folder}/best", "best")
+        result |= fitted(published, loader, job, worker)
         run.keep("FINISHED")
         if job.validation is not None:
             result |= {"best_step": best["step"], "best_val_miou": round(best["miou"], 6)}
-            publish_best(job, best["weights"], result, f"{worker.folder}/best", run.run_id)
+            chosen = build_segmenter(job).to(worker.device)
+            chosen.load_state_dict(best["weights"])
+            of_best = result | fitted(chosen, loader, job, worker)
+            publish_best(job, chosen, of_best, f"{worker.folder}/best", run.run_id)
         with tempfile.TemporaryDirectory() as folder:
             published.save(folder, **job.origin, training=result, commit=tracking.commit(), run_id=run.run_id)
             checkpoints.publish(folder, final)
@@ -262,10 +268,31 @@ def validate(segmenter: Segmenter, loader: EpisodeLoader, job: EpisodicJob, work
     return score.result()["miou"]
 
 
-def publish_best(job: EpisodicJob, weights: dict[str, Tensor], result: dict[str, Any], url: str, run_id: str) -> None:
+def fitted(segmenter: Segmenter, loader: EpisodeLoader, job: EpisodicJob, worker: training.Worker) -> dict[str, float]:
+    """Fit the presence score, where the model has one, and say how well: on training episodes, half of whose queries
+    lack the class."""
+    if job.lacking is None:
+        return {}
+    count, size = job.episodic.presence_episodes, job.episodic.batch // job.episodic.accumulate
+    first = job.steps * job.episodic.batch  # behind those that trained
+    spread = max(1, len(job.lacking) // count)
+    episodes = {
+        "present": [job.sampler.episode(first + i).plain() for i in range(count)],
+        "absent": [job.sampler.absent(i * spread, job.lacking).plain() for i in range(count)],
+    }
+    segmenter.eval()
+    with worker.autocast():
+        seen = {
+            name: presence_fit.seen(
+                segmenter, loader.ahead(of[at : at + size] for at in range(0, count, size)), worker.device
+            )
+            for name, of in episodes.items()
+        }
+    return presence_fit.fit(segmenter, seen["present"], seen["absent"])
+
+
+def publish_best(job: EpisodicJob, best: Segmenter, result: dict[str, Any], url: str, run_id: str) -> None:
     """A checkpoint of the best weights, which says what chose them."""
-    best = build_segmenter(job)
-    best.load_state_dict(weights)
     with tempfile.TemporaryDirectory() as folder:
         selected = {"on": job.episodic.select_on, "step": result["best_step"], "miou": result["best_val_miou"]}
         best.save(folder, **job.origin, training=result, selected=selected, commit=tracking.commit(), run_id=run_id)

@@ -63,6 +63,8 @@ class Settings:
     """Compute features from the images as they are needed, instead of reading stores."""
     absent: bool = False
     """Queries that do not show the class: how many masks are rightly empty."""
+    keep_masks: bool = False
+    """Score masks also of classes that the query does not seem to show, which are else left empty."""
     tasks: Few = 1
     """Processes on the Ray cluster; 1: this one."""
     task_cpus: Cores = 1

@@ -40,6 +40,8 @@ class Trained:
 
     segmenter: Segmenter
     precision: Callable[[], AbstractContextManager]
+    empties: bool = True
+    """Whether masks of classes that the query does not seem to show are left empty, where the model scores that."""
 
     def encode(self, late: Tensor, masks: Tensor) -> Any:
         """See Method."""
@@ -52,7 +54,8 @@ class Trained:
         joint = self.segmenter.config.adapter == "joint"
         with self.precision():
             embedding = self.segmenter.embed(query) if joint else query
-            return self.segmenter.segment(late, embedding, encoding.expand(len(late)))
+            found = self.segmenter.segment(late, embedding, encoding.expand(len(late)))
+        return found.emptied(self.segmenter.threshold) if self.empties else found
 
 
 @dataclass(frozen=True)

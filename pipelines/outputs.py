@@ -35,7 +35,7 @@ class Found:
     logits: np.ndarray
     """(n, h, w) float32, or float16 of a photograph that was looked at in tiles."""
     scores: np.ndarray
-    """(n,): mean probability within each mask."""
+    """(n,), as the predictor's."""
 
     @functools.cached_property
     def masks(self) -> np.ndarray:

@@ -260,9 +260,9 @@ def segmented(
             predictor.set_images([image for _, _, image in opened])
         else:
             predictor.set_image(opened[0][2], settings.tile, settings.overlap)
-        for (path, stem, image), (logits, prior) in zip(opened, predictor.logits(classes), strict=True):
-            found = Found(path, stem, image, logits.numpy(), predictor.scores(logits))
-            yield found, None if prior is None else prior[0].sigmoid().numpy()
+        for (path, stem, image), of_image in zip(opened, predictor.logits(classes), strict=True):
+            found = Found(path, stem, image, of_image.mask.numpy(), of_image.scores)
+            yield found, None if of_image.prior is None else of_image.prior[0].sigmoid().numpy()
 
 
 if __name__ == "__main__":

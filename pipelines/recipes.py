@@ -213,6 +213,8 @@ class Episodic:
     """Above 0: what is validated and published is the weights' moving average with this decay."""
     absent_share: Share = 0.0
     """Share of the episodes whose query lacks the class, so that its mask is empty."""
+    presence_episodes: Annotated[int, Range(16, MANY)] = 512
+    """Episodes that show the class, and as many that do not, on which a model's presence score is fitted."""
     flip: bool = False
     """Mirror cached features and labels at random, for encoders that take a mirrored image to mirrored features."""
     label_px: Side | None = None
@@ -326,6 +328,7 @@ def offline_recipe() -> Recipe:
             similarity="unit",
             neighbours=True,
             self_support=True,
+            presence=True,
             fuse=True,
             upscaling="bilinear",
         ),

@@ -53,7 +53,7 @@ def built(plan: MethodPlan, device: torch.device, precision: str) -> methods.Met
     """A method on a device."""
     if plan.name == "segmenter":
         segmenter, _ = checkpoints.load_segmenter(plan.checkpoint)
-        return methods.Trained(segmenter.to(device), lambda: cluster.autocast(precision, device))
+        return methods.Trained(segmenter.to(device), lambda: cluster.autocast(precision, device), plan.empties)
     if plan.name == "matching":
         encoder = live.built(plan.backbone, device)
         with torch.inference_mode():

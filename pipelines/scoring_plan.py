@@ -25,6 +25,8 @@ class MethodPlan:
     sam_decoder: str | None = None
     """Whose decoder `peak` prompts."""
     decoder_weights: str | None = None
+    empties: bool = False
+    """Whether masks of classes that do not seem to be shown are left empty."""
 
 
 @dataclass(frozen=True)

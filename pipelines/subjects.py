@@ -76,14 +76,18 @@ def _segmenter(settings: "Settings", dataset: str) -> Subject:
         else:
             query = stores.open_encoded(places, dataset, "early", backbone, backbone.res)
             stores.check_weights(query, fingerprint.weights)
+    model = SegmenterConfig(**record["config"])
+    empties = model.presence and not settings.keep_masks
+    kept = "-masks-kept" if model.presence and settings.keep_masks else ""
     return Subject(
-        title=model_title(SegmenterConfig(**record["config"]), record["recipe"]) + selection(record),
-        plan=MethodPlan("segmenter", url, backbone),
+        title=model_title(model, record["recipe"]) + selection(record) + kept,
+        plan=MethodPlan("segmenter", url, backbone, empties=empties),
         late=late,
         query=query,
         identity={
             "late": asdict(fingerprint),
-            "model": record["config"],
+            "model": model.record(),
+            **({"empties": empties} if model.presence else {}),
             "checkpoint": record["sha256"][:16],
             "trained": record["run"],
             "query": None if query is None else asdict(query.fingerprint),

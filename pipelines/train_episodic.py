@@ -161,8 +161,11 @@ def planned(settings: Settings, fold: int | None) -> Plan:
         balance=episodic.balance,
         flip=episodic.flip,
     )
-    if episodic.absent_share:
-        sampler = sampler.with_absent(episodic.absent_share, sampler.lacking(dataset.class_pixels("train")))
+    lacking = None
+    if episodic.absent_share or model.presence:
+        lacking = sampler.lacking(dataset.class_pixels("train"))
+    if episodic.absent_share and lacking is not None:
+        sampler = sampler.with_absent(episodic.absent_share, lacking)
     validation = validation_sampler(settings, fold, dataset, rules, (late, query), held_out)
     steps = episodic.steps or max(1, episodic.epochs * len(sampler) // episodic.batch)
     shape = SegmenterShape(
@@ -226,6 +229,7 @@ def planned(settings: Settings, fold: int | None) -> Plan:
             label_px=episodic.label_px or backbone.res,
             void_is_background=rules.void_in_training == "background",
             validation=validation,
+            lacking=lacking if model.presence else None,
             origin={**origin, "run": same},
             adapter=adapter_state,
             decoder=decoder_state,
@@ -260,7 +264,7 @@ def decisive(episodic: Episodic) -> dict[str, Any]:
     off = {"accumulate", "train_compile"}
     off |= {
         name
-        for name, value in (("clip", None), ("ema", 0.0), ("absent_share", 0.0))
+        for name, value in (("clip", None), ("ema", 0.0), ("absent_share", 0.0), ("presence_episodes", 512))
         if getattr(episodic, name) == value
     }
     return {name: value for name, value in asdict(episodic).items() if name not in off}

@@ -1,6 +1,6 @@
 """Which models an ablation trains, and what its table makes of their scores."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -19,13 +19,14 @@ def changes(one, other):
 def test_each_model_departs_from_the_recipe_in_one_switch_which_is_then_the_papers():
     recipe, paper = RECIPES["offline"](), SegmenterConfig()
     models = ablation.changes(recipe.model, recipe.episodic)
-    assert models.pop(ablation.OWN) == (recipe.model, recipe.episodic)
-    assert changes(models.pop("--no-neighbours")[0], recipe.model) == {"neighbours": False, "self_support": False}
-    assert changes(models.pop("--no-semantic-prompt")[0], recipe.model) == {"semantic_prompt": False}
-    assert changes(models.pop("--adapter joint")[0], recipe.model) == {"adapter": "joint"}
+    own = replace(recipe.model, presence=False)
+    assert models.pop(ablation.OWN) == (own, recipe.episodic)
+    assert changes(models.pop("--no-neighbours")[0], own) == {"neighbours": False, "self_support": False}
+    assert changes(models.pop("--no-semantic-prompt")[0], own) == {"semantic_prompt": False}
+    assert changes(models.pop("--adapter joint")[0], own) == {"adapter": "joint"}
     assert {"--variant 4d", "--no-fuse", "--no-contrast", "--balance 0.0", "--no-flip"} < models.keys()
     for name, (model, episodic) in models.items():
-        changed = changes(model, recipe.model) | changes(episodic, recipe.episodic)
+        changed = changes(model, own) | changes(episodic, recipe.episodic)
         assert len(changed) == 1, name
         field, value = changed.popitem()
         if hasattr(paper, field):
@@ -38,7 +39,7 @@ def test_the_flag_that_names_a_model_makes_it(recipe):
     models = ablation.changes(settings.model, settings.episodic)
     for name, (model, episodic) in list(models.items())[1:]:
         flags = name.split() + (["--no-self-support"] if name == "--no-neighbours" else [])
-        changed = parse(train_episodic.Settings, ["--recipe", recipe, "--fold", "0", *flags])
+        changed = parse(train_episodic.Settings, ["--recipe", recipe, "--fold", "0", "--no-presence", *flags])
         assert (changed.model, changed.episodic) == (model, episodic), name
 
 
