@@ -43,8 +43,9 @@ def trials(model: SegmenterConfig, episodic: Episodic, folds: Sequence[int], see
 
 
 def changes(model: SegmenterConfig, episodic: Episodic) -> dict[str, tuple[SegmenterConfig, Episodic]]:
-    """The recipe's own model, without presence scores, as every query of a table shows its class, then one for each switch that departs from the paper, at the paper's value (the literal
-    one for `start`), one for each part of the method, without it, and one of the other variant."""
+    """The recipe's own model, without presence scores, as every query of a table shows its class; then one for each
+    switch that departs from the paper, at the paper's value (the literal one for `start`), one for each part of the
+    method, without it, and one of the other variant."""
     model = replace(model, presence=False)
     models = {OWN: (model, episodic)}
     paper = replace(paper_recipe().model, start="pytorch")

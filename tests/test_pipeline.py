@@ -297,10 +297,13 @@ def test_a_model_of_all_classes_with_all_that_offline_adds_is_trained_and_used_b
     whole_run, places, shapes_root, tmp_path
 ):
     adds = ["--neighbours", "--self-support", "--fuse", "--upscaling", "bilinear"]
+    adds += ["--presence", "--presence-episodes", 16]
     trained = run("train_episodic", *flags(places), "--fold", "none", "--variant", "compact", "--steps", 2, *adds)
     assert trained["fold"] is None and trained["model"].startswith("fsdino-shapes-all-classes/")
     model, record = Segmenter.load(trained["checkpoint"])
     assert record["fold"] is None and model.config.neighbours and model.config.upscaling == "bilinear"
+    assert model.threshold == pytest.approx(record["training"]["presence_threshold"], abs=1e-4)
+    assert 0 <= record["training"]["absent_empty"] <= 1 and model.presence.weight.abs().sum() > 0
     of_fold = Segmenter.load(whole_run["4d"]["checkpoint"])[1]
     assert record["base_images"] > of_fold["base_images"]
     seen = "trained for all classes, so it has seen the classes of fold 1; evaluate it on a data set whose classes"

@@ -1,4 +1,4 @@
-"""The presence score: evidence against numpy loops, the regression against scikit-learn's, and what fitting promises."""
+"""The presence score: evidence against loops, the regression against scikit-learn's, and what fitting promises."""
 
 import dataclasses
 
