@@ -190,7 +190,9 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         run.folder(final, "segmenter")
         if job.validation is not None:
             run.folder(f"{worker.folder}/best", "best")
-        result |= fitted(published, loader, job, worker)
+        presence = fitted(published, loader, job, worker)
+        run.log(steps, **presence)
+        result |= presence
         run.keep("FINISHED")
         if job.validation is not None:
             result |= {"best_step": best["step"], "best_val_miou": round(best["miou"], 6)}
