@@ -3,7 +3,7 @@
 MLflow copies this file into the model and runs it where the model is loaded; nothing else of `pipelines` is there. An
 input row is one query; its columns are files in base64: `query` a photograph, `supports` the photographs that show the
 class, `masks` their masks, in the same order. A row of the answer has `mask`, a PNG of the query's size in base64, with
-255 on the class, and `score`, the mean probability over it, 0 if the mask is empty.
+255 on the class, and `score`, as fsdino.Predictor's.
 """
 
 import base64
