@@ -198,8 +198,8 @@ class EfficientNetLiteEncoder(nn.Module):
     def forward(self, x: Float[Tensor, "b 3 r r"]) -> Features:
         """Features of a normalised batch."""
         _, _, stride8, *stages = self._stages(x)
-        size = stages[0].shape[-2:]
-        stages = [F.interpolate(s, size=size, mode="bilinear", align_corners=False) for s in stages]
+        size = stages[0].shape[-1]
+        stages = [F.interpolate(s, size=(size, size), mode="bilinear", align_corners=False) for s in stages]
         early = F.adaptive_avg_pool2d(stride8, size)
         return Features(F.normalize(early, dim=1), torch.cat([F.normalize(s, dim=1) for s in stages], dim=1))
 

@@ -81,7 +81,7 @@ class NeighbourPrior(nn.Module):
         self, support: Annotated, query: Float[Tensor, "b c g g"], direct: Float[Tensor, "b 1 m m"]
     ) -> Float[Tensor, "b 1 g g"]:
         """Logits on the grid; `direct` are those of the other prompts, which the query's own vote takes in."""
-        grid = query.shape[-2:]
+        grid = (query.shape[-2], query.shape[-1])
         with torch.autocast(query.device.type, enabled=False):  # halves round cosines as coarsely as they differ
             own = self._unit(query.float().flatten(2))
             of_support = support.features.float().split(self.groups, 1)

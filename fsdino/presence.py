@@ -20,6 +20,12 @@ class Presence(nn.Module):
     every class is present.
     """
 
+    mean: Tensor
+    deviation: Tensor
+    weight: Tensor
+    bias: Tensor
+    threshold: Tensor
+
     def __init__(self, groups: int):
         super().__init__()
         inputs = OF_GROUP * groups + OF_MASK
@@ -45,7 +51,7 @@ def evidence(
     these over the mask, how well the supports' positions are found again within the mask, and the cosines of the mask's
     mean with the means of class and background. Then how sure the mask is of itself, and its size."""
     with torch.autocast(query.device.type, enabled=False):
-        probability = F.adaptive_avg_pool2d(mask_logits.float(), query.shape[-2:]).sigmoid().flatten(1)
+        probability = F.adaptive_avg_pool2d(mask_logits.float(), query.shape[-1]).sigmoid().flatten(1)
         inside = probability / probability.sum(1, keepdim=True).clamp_min(EPS)
         known = support.foreground + support.background
         columns = []

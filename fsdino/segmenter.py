@@ -50,10 +50,11 @@ class SupportEncoding(NamedTuple):
         return self._each(lambda part: part.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "SupportEncoding":
-        *parts, annotated = self
         return SupportEncoding(
-            *(None if part is None else change(part) for part in parts),
-            annotated=None if annotated is None else Annotated(*map(change, annotated)),
+            change(self.prototype),
+            change(self.prompt),
+            None if self.kernel is None else change(self.kernel),
+            None if self.annotated is None else Annotated(*map(change, self.annotated)),
         )
 
 

@@ -110,8 +110,8 @@ def encoder_spec(name: str, early_norm: bool = False, late_norm: bool = True) ->
     if early_norm or not late_norm:
         raise UserError(f"--early-norm, --no-late-norm: {name} has no final norm to apply or to leave out")
     stride8, *stages = LITE[name]
-    late = Layer("blocks3+blocks4+blocks5+blocks6", "l2", sum(stages), tuple(stages))
-    return EncoderSpec(name, 16, Layer("stride8", "l2", stride8), late)
+    of_stages = Layer("blocks3+blocks4+blocks5+blocks6", "l2", sum(stages), tuple(stages))
+    return EncoderSpec(name, 16, Layer("stride8", "l2", stride8), of_stages)
 
 
 def check_layer(record: dict[str, Any]) -> None:

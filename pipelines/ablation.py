@@ -14,7 +14,7 @@ from pipelines.recipes import Episodic, paper_recipe
 OWN = "as it is"
 PARTS = {"semantic_prompt": False, "adapter": "joint"}  # of the paper's method; what it ablates itself
 OF_CORRELATION = ("refine", "support_weights", "similarity", "start")  # without effect in the compact variant
-TRAINING = {"balance": 0.0, "flip": False, "clip": None, "ema": 0.0, "label_px": None}
+TRAINING: dict[str, Any] = {"balance": 0.0, "flip": False, "clip": None, "ema": 0.0, "label_px": None}
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ def overlaid(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> 
     width = max(2, round(min(image.size) / 250))
     for number, mask in enumerate(masks):
         colour = np.array(COLOURS[number % len(COLOURS)], np.float32)
-        for top in range(0, len(mask), ROWS):
-            rows, inside = pixels[top : top + ROWS], mask[top : top + ROWS]
+        for first in range(0, len(mask), ROWS):
+            rows, inside = pixels[first : first + ROWS], mask[first : first + ROWS]
             rows[inside] = ((1 - TINT) * rows[inside] + TINT * colour).round().astype(np.uint8)
         pixels[_outline(mask, width)] = colour
     drawn = Image.fromarray(pixels)

@@ -43,9 +43,9 @@ def job(settings: Settings) -> dict[str, Any]:
     results = sequence.run(settings, sequence.plan(settings), log)
     sequence.stop_ray()
     if settings.ablate:
-        scores = ablation.scores_of(sequence.trials_of(settings), results)
-        print("\n".join(ablation.table(scores)))
-        return {"dataset": dataset.name, "ablation": scores}
+        tried = ablation.scores_of(sequence.trials_of(settings), results)
+        print("\n".join(ablation.table(tried)))
+        return {"dataset": dataset.name, "ablation": tried}
     scores = {}
     for shots in settings.shots:
         methods: dict[str, tables.Method] = {}
