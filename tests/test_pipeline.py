@@ -299,7 +299,7 @@ def test_a_model_of_all_classes_with_all_that_offline_adds_is_trained_and_used_b
     adds = ["--neighbours", "--self-support", "--fuse", "--upscaling", "bilinear"]
     adds += ["--presence", "--presence-episodes", 16]
     trained = run("train_episodic", *flags(places), "--fold", "none", "--variant", "compact", "--steps", 2, *adds)
-    assert trained["fold"] is None and trained["model"].startswith("fsdino-shapes-all-classes/")
+    assert trained["fold"] is None and Path(trained["checkpoint"]).parent.name.startswith("all-classes-compact-")
     model, record = Segmenter.load(trained["checkpoint"])
     assert record["fold"] is None and model.config.neighbours and model.config.upscaling == "bilinear"
     assert model.threshold == pytest.approx(record["training"]["presence_threshold"], abs=1e-4)

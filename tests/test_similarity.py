@@ -39,7 +39,8 @@ def test_layer_maps_hold_the_early_layer_and_every_other():
     maps = encoder.layer_maps(x)
     assert list(maps) == ["1", "2", "3", "4"] and torch.equal(maps["3"], encoder(x).early)
     lite = build_encoder("tf_efficientnet_lite0").layer_maps(torch.randn(1, 3, 64, 64))
-    assert list(lite) == ["stride 2", "stride 4", "stride 8", "stride 16", "stride 32"]
+    strides = (2, 4, 8, 16, 16, 32, 32)
+    assert list(lite) == [f"blocks {n}, stride {stride}" for n, stride in enumerate(strides)]
 
 
 def test_the_command_scores_every_layer_and_keeps_table_plot_and_maps(shapes_root, tmp_path):
