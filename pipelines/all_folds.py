@@ -5,12 +5,21 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 
 from fsdino.errors import first_line
-from pipelines import checkpoints, cluster, stopping, tracking, train_episodic, training
+from pipelines import (
+    checkpoints,
+    cluster,
+    episodic_loop,  # noqa: F401  threads that are the first to ask for it at once may get half of it
+    stopping,
+    tracking,
+    train_episodic,
+    training,
+)
 from pipelines.runs import RunFolder, flat
 
 MEASURES = ("loss", "best_val_miou", "seconds_per_step")
@@ -75,16 +84,22 @@ def _at_once(
         pending: dict[int, Future[dict[str, Any]]] = {
             fold: pool.submit(train_episodic.trained, settings, plan) for fold, plan in plans.items()
         }
+        for fold, of in pending.items():
+            of.add_done_callback(partial(_tell, fold))
         while wait(pending.values(), timeout=0.2).not_done and not stopping.asked():
             pass
         pool.shutdown(cancel_futures=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    ended = {fold: of.exception() for fold, of in pending.items() if not of.cancelled()}
-    errors = {fold: error for fold, error in ended.items() if error and not isinstance(error, stopping.Stopped)}
-    for fold, error in errors.items():
-        print(f"fold {fold} failed: {first_line(error)}", file=sys.stderr)
     stopping.check()
-    for error in errors.values():
-        raise error
+    for error in [of.exception() for of in pending.values()]:
+        if error is not None:
+            raise error
     return {fold: of.result() for fold, of in pending.items()}
+
+
+def _tell(fold: int, ended: Future[dict[str, Any]]) -> None:
+    """Say at once that a fold failed; the others go on for hours."""
+    error = None if ended.cancelled() else ended.exception()
+    if error is not None and not isinstance(error, stopping.Stopped):
+        print(f"fold {fold} failed: {first_line(error)}", file=sys.stderr)
