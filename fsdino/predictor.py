@@ -8,6 +8,7 @@ masks, scores = predictor.segment([cat])
 
 import hashlib
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,15 @@ class Logits(NamedTuple):
     """At 4 times the grid, where the model has one."""
     scores: Float[np.ndarray, "n"]
     """As in Segmentation."""
+
+
+class Rank(NamedTuple):
+    """What one of a class's photographs is worth to the others."""
+
+    found: float
+    """IoU in [0, 1] of its mask, found by the others; low: it shows the class otherwise, or its mask is wrong."""
+    helps: float | None
+    """By how much the others' IoU is larger with it than without, on average; below 0: it harms. None of two."""
 
 
 @dataclass(frozen=True)
@@ -133,20 +143,38 @@ class Predictor:
         there are none, or not as many of one as of the other, or if a mask is empty, covers its whole photograph, is of
         another size, or can be read in two ways.
         """
-        if not images or len(images) != len(masks):
-            raise UserError(
-                f"expected photographs and one mask for each, got {len(images)} photographs and {len(masks)} masks"
-            )
-        opened = [_opened(image) for image in images]
-        late = torch.cat([self._features([image]).late for image in opened])
-        checked = [torch.from_numpy(_checked(mask, image)) for mask, image in zip(masks, opened, strict=True)]
+        encoded, _, shares, void = self._examples(images, masks)
+        late = torch.cat([one.late for one in encoded])
+        support = self.segmenter.encode_support(late[None], shares[None], void[None])
+        return ClassEncoding(name, len(encoded), support, self.digest)
 
-        def shares(value: int) -> Tensor:
-            on_grid = [mask_to_grid((mask == value).float()[None], late.shape[-1]) for mask in checked]
-            return torch.cat(on_grid)[None].to(self.device)
+    @torch.inference_mode()
+    def rank(self, images: Sequence[Photograph], masks: Sequence[Mask]) -> list[Rank]:
+        """How well each of a class's photographs is found by the others, and whether they need it.
 
-        support = self.segmenter.encode_support(late[None], shares(1), shares(paper.VOID))
-        return ClassEncoding(name, len(opened), support, self.digest)
+        Raises UserError as `register`, and if there are fewer than two.
+        """
+        if len(images) < 2:
+            raise UserError(f"expected at least two photographs to compare, got {len(images)}")
+        encoded, checked, shares, void = self._examples(images, masks)
+        late, every = torch.cat([one.late for one in encoded]), range(len(encoded))
+
+        def iou(target: int, out: set[int]) -> float:
+            """Of a photograph's mask, found by those that are not left out."""
+            rest = [i for i in every if i not in out]
+            support = self.segmenter.encode_support(late[None, rest], shares[None, rest], void[None, rest])
+            found, mask = self._logits(encoded[target], support).mask[0] > 0, checked[target]
+            valid, truth = mask != paper.VOID, mask == 1
+            union = ((found | truth) & valid).sum()
+            return float((found & truth).sum() / union) if union else 1.0
+
+        alone = [iou(i, {i}) for i in every]
+        ranks = []
+        for i in every:
+            others = [j for j in every if j != i]
+            helps = statistics.fmean(alone[j] - iou(j, {i, j}) for j in others) if len(others) > 1 else None
+            ranks.append(Rank(alone[i], helps))
+        return ranks
 
     @torch.inference_mode()
     def set_image(self, image: Photograph, tile_px: int | None = None, overlap: float = 0.25) -> None:
@@ -217,6 +245,24 @@ class Predictor:
         classes = len(support.prototype)
         late, embedding = (x.float().expand(classes, -1, -1, -1) for x in (image.late, image.embedding))
         return self.segmenter.segment(late, embedding, support).emptied(self.segmenter.threshold)
+
+    def _examples(
+        self, images: Sequence[Photograph], masks: Sequence[Mask]
+    ) -> tuple[list["_Encoded"], list[Tensor], Float[Tensor, "k g g"], Float[Tensor, "k g g"]]:
+        """Photographs of a class encoded, their masks at their size, and the shares of class and void on the grid."""
+        if not images or len(images) != len(masks):
+            raise UserError(
+                f"expected photographs and one mask for each, got {len(images)} photographs and {len(masks)} masks"
+            )
+        opened = [_opened(image) for image in images]
+        checked = [torch.from_numpy(_checked(mask, image)) for mask, image in zip(masks, opened, strict=True)]
+        encoded = [self._encoded(image) for image in opened]
+
+        def shares(value: int) -> Tensor:
+            grid = encoded[0].late.shape[-1]
+            return torch.cat([mask_to_grid((mask == value).float()[None], grid) for mask in checked]).to(self.device)
+
+        return encoded, checked, shares(1), shares(paper.VOID)
 
     def _encoded(self, image: Image.Image) -> "_Encoded":
         features = self._features([image])

@@ -156,3 +156,24 @@ def test_a_gpu_gives_the_masks_of_the_cpu(checkpoint):
         predictor.set_image(OTHER)
         results.append(next(predictor.logits([cat]))[0])
     torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
+
+
+def test_photographs_are_ranked_by_leaving_them_out(checkpoint, predictor):
+    images = [PHOTO, OTHER, PHOTO.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    masks = [MASK, (np.arange(33 * 57).reshape(33, 57) % 57 < 20).astype(np.uint8), MASK[:, ::-1].copy()]
+
+    def iou(target, supports):
+        logits = by_hand(checkpoint, [images[i] for i in supports], [masks[i] for i in supports], images[target])
+        found, truth = logits.numpy() > 0, masks[target] > 0
+        return (found & truth).sum() / (found | truth).sum()
+
+    ranks = predictor.rank(images, masks)
+    for i, (found, helps) in enumerate(ranks):
+        others = [j for j in range(3) if j != i]
+        assert found == pytest.approx(iou(i, others), abs=2e-3)
+        with_it = [iou(j, [k for k in range(3) if k != j]) for j in others]
+        without = [iou(j, [k for k in others if k != j]) for j in others]
+        assert helps == pytest.approx(np.mean(with_it) - np.mean(without), abs=2e-3)
+    assert [rank.helps for rank in predictor.rank(images[:2], masks[:2])] == [None, None]
+    with pytest.raises(UserError, match="at least two photographs to compare, got 1"):
+        predictor.rank(images[:1], masks[:1])
