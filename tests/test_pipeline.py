@@ -226,6 +226,11 @@ def test_predict_finds_several_classes_of_examples_and_files_in_a_folder(whole_r
     file = tmp_path / "bar.class"
     made = run("register", *checkpoint, "--name", bar, "--support", of_bar[0], "--mask", of_bar[1], "--out", file)
     assert made == {"class": str(file), "name": "bar", "shots": 1}
+    twice = ["--support", of_bar[0], of_bar[0], "--mask", of_bar[1], of_bar[1], "--rank"]
+    ranks = run("register", *checkpoint, "--name", bar, *twice, "--out", tmp_path / "two.class")["ranks"]
+    assert [rank["helps"] for rank in ranks] == [None, None] and ranks[0]["found"] == ranks[1]["found"]
+    with pytest.raises(UserError, match="--rank: expected at least two photographs to compare, got 1"):
+        run("register", *checkpoint, "--name", bar, *twice[:2], *twice[3:5], "--rank", "--out", file)
     queries = tmp_path / "photos" / "inner"
     queries.mkdir(parents=True)
     for number in (1, 2, 3):
