@@ -395,12 +395,22 @@ def _begin(tracking_uri: str, about: About, run_id: str | None, outbox: Outbox |
         for at in range(0, len(entries), PARAM_LIMIT):
             server.log_batch(run_id, params=entries[at : at + PARAM_LIMIT])
         if about.inputs:
-            server.log_inputs(run_id, [_dataset(one) for one in about.inputs])
+            _log_inputs(server, run_id, [_dataset(one) for one in about.inputs])
         if about.parent is not None:
             server.set_tag(run_id, mlflow_tags.MLFLOW_PARENT_RUN_ID, about.parent)
         if about.trained_by is not None and _knows(server, about.trained_by):
             _link(server, run_id, about.trained_by)
     return Run(uri, run_id, outbox)
+
+
+def _log_inputs(server: MlflowClient, run_id: str, inputs: list[DatasetInput]) -> None:
+    """Again where a run beside this one was quicker to add a data set: MLflow looks whether it is there, then adds it."""
+    for attempt in range(10):
+        try:
+            return server.log_inputs(run_id, inputs)
+        except MlflowException as error:
+            if "unique" not in str(error).lower() or attempt == 9:
+                raise
 
 
 def _origin() -> dict[str, str]:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from feature_store.lock import locked
@@ -196,3 +197,22 @@ def test_a_second_training_of_one_name_is_told_who_works_there(whole_run, places
         with pytest.raises(Exception, match=r"the job of process \d+ on .* is working there; wait for it to end"):
             train(places, "twice")
     assert not (folder / "run.json").exists()
+
+
+def test_data_that_a_run_beside_this_one_adds_first_are_named_again():
+    """Two folds that begin at once log the same data; MLflow's database lets one of them win."""
+
+    class Server:
+        def __init__(self, errors):
+            self.errors = errors
+
+        def log_inputs(self, run_id, inputs):
+            if self.errors:
+                raise MlflowException(self.errors.pop())
+
+    beside = "(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest"
+    server = Server([beside, beside])
+    tracking._log_inputs(server, "run", [])
+    assert not server.errors
+    with pytest.raises(MlflowException, match="no such table"):
+        tracking._log_inputs(Server(["no such table"]), "run", [])
