@@ -404,7 +404,7 @@ def _begin(tracking_uri: str, about: About, run_id: str | None, outbox: Outbox |
 
 
 def _log_inputs(server: MlflowClient, run_id: str, inputs: list[DatasetInput]) -> None:
-    """Again where a run beside this one was quicker to add a data set: MLflow looks whether it is there, then adds it."""
+    """Again where a run beside this one was quicker: MLflow looks whether a data set is there, and then adds it."""
     for attempt in range(10):
         try:
             return server.log_inputs(run_id, inputs)
