@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fsdino import paper
 from fsdino.data.episodes import Episode
 from fsdino.losses import mask_loss
-from fsdino.segmenter import Prediction, Segmenter
+from fsdino.segmenter import Prediction, Segmenter, SupportEncoding
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ class EpisodeBatch:
         return (self.query_labels != paper.VOID).sum().float()
 
 
-def segment_batch(segmenter: Segmenter, batch: EpisodeBatch) -> Prediction:
-    """What a segmenter finds in the queries of a batch, which bring what its config asks for."""
+def segment_batch(segmenter: Segmenter, batch: EpisodeBatch, support: SupportEncoding | None = None) -> Prediction:
+    """What a segmenter finds in the queries of a batch, which bring what its config asks for; `support` if the supports
+    are encoded already."""
     assert batch.query_input is not None
-    support = segmenter.encode_support(batch.support_late, batch.support_masks)
+    if support is None:
+        support = segmenter.encode_support(batch.support_late, batch.support_masks)
     joint = segmenter.config.adapter == "joint"
     embedding = segmenter.embed(batch.query_input) if joint else batch.query_input
     return segmenter.segment(batch.query_late, embedding, support)

@@ -40,10 +40,11 @@ def seen(segmenter: Segmenter, batches: Iterable[EpisodeBatch], device: torch.de
     for batch in batches:
         batch = batch.to(device)
         assert batch.query_labels is not None
-        logits = segment_batch(segmenter, batch).mask_logits
-        support = segmenter.encode_support(batch.support_late, batch.support_masks).annotated
-        assert support is not None
-        found.append(evidence(segmenter.neighbours.groups, support, batch.query_late, logits).cpu().numpy())
+        support = segmenter.encode_support(batch.support_late, batch.support_masks)
+        assert support.annotated is not None
+        logits = segment_batch(segmenter, batch, support).mask_logits
+        of_batch = evidence(segmenter.neighbours.groups, support.annotated, batch.query_late, logits)
+        found.append(of_batch.cpu().numpy())
         size = batch.query_labels.shape[-2:]
         mask = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[:, 0] > 0
         valid, truth = batch.query_labels != paper.VOID, batch.query_labels == 1
