@@ -306,7 +306,7 @@ def paper_recipe() -> Recipe:
 def offline_recipe() -> Recipe:
     """Nothing but the package index: EfficientNet-Lite0 learns from Lite2 at 400 px. README has its scores.
 
-    The compact variant with what nearest positions say, to which the 4D correlation had nothing to add (docs/method.md).
+    The compact variant with what nearest positions say, to which the 4D correlation added nothing (docs/method.md).
     The decoder starts at random, so it learns faster than one of SAM's. Most training images we had show animals, hence
     the balance; mirrored features are the one augmentation, as no sign of overfitting asked for stored views. Its
     departures from the paper are in docs/method.md.

@@ -7,7 +7,7 @@
 
 Runs what is not done yet, in order, in one process on one Ray; killed, the same command resumes. The log of all steps
 is `reproduce.log` beside the runs.
-Cost: the offline recipe on VOC takes half an hour on two cores for features and adapter, and 14 minutes for each model.
+Cost: the offline recipe on VOC takes two cores half an hour for features and adapter, and 14 minutes for each model.
 """
 
 import sys
