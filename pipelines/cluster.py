@@ -42,7 +42,8 @@ def connect(wanted: Mapping[str, float], job: str, cure: str) -> None:
             check({"CPU": len(os.sched_getaffinity(0)), "GPU": len(glob("/dev/nvidia[0-9]*"))})
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            address = os.environ.get("RAY_ADDRESS", "local")  # with none, Ray would join any cluster that it finds here
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
             raise ClusterFault(error) from error
         if handler is not None and threading.current_thread() is threading.main_thread():
