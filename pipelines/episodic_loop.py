@@ -111,10 +111,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
     segmenter = build_segmenter(job).to(worker.device)
     averaged = moving_average(segmenter, job.episodic.ema)
     published: Any = segmenter if averaged is None else averaged.module
-    if job.episodic.train_compile:
-        for name in ("encode_support", "segment"):
-            setattr(segmenter, name, torch.compile(getattr(segmenter, name)))
-    model = ray.train.torch.prepare_model(EpisodeLoss(segmenter))
+    model = ray.train.torch.prepare_model(objective(segmenter, job.episodic, worker))
     optimiser = torch.optim.AdamW(
         parameter_groups(segmenter, job.episodic), weight_decay=paper.WEIGHT_DECAY, fused=True
     )
@@ -205,6 +202,19 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             checkpoints.publish(folder, final)
         run.flush(at_once=True)
         run.keep()
+
+
+def objective(segmenter: Segmenter, episodic: Episodic, worker: training.Worker) -> EpisodeLoss:
+    """The loss as one module, compiled if the settings ask for it.
+
+    On a GPU alone, without accumulation, its passes are CUDA graphs: launching a step's kernels one by one takes eight
+    times as long as they do (docs/benchmarks/gpu.md).
+    """
+    loss = EpisodeLoss(segmenter)
+    if episodic.train_compile:
+        as_graphs = worker.device.type == "cuda" and worker.world == 1 and episodic.accumulate == 1
+        loss.compile(mode="reduce-overhead" if as_graphs else "default")
+    return loss
 
 
 def moving_average(segmenter: Segmenter, decay: float) -> AveragedModel | None:

@@ -1,6 +1,8 @@
 """A step of episodic training: the same for any split of its batch, with its switches."""
 
 import copy
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from fsdino.segmenter import Segmenter
 from pipelines import training
 from pipelines.episodic_loop import moving_average, train_step
 from pipelines.recipes import Workers
+from tests.conftest import ROOT
 
 SHAPE = SegmenterShape(early_channels=12, late_channels=16, grid=6, embedding_channels=256)
 
@@ -102,3 +105,50 @@ def test_losses_wait_on_the_device_and_one_that_is_no_number_names_its_step():
     pending.add(4, {"loss": torch.tensor(float("nan"))})
     with pytest.raises(training.Fault, match="training diverged at step 4"):
         pending.gather()
+
+
+COMPILED = """
+import sys
+import torch
+from fsdino.config import SegmenterConfig, SegmenterShape
+from fsdino.data.episodes import Episode
+from fsdino.episodic import EpisodeBatch
+from fsdino.segmenter import Segmenter
+from pipelines import training
+from pipelines.episodic_loop import objective, train_step
+from pipelines.recipes import Episodic, Workers
+
+device = torch.device(sys.argv[1])
+worker = training.Worker(device, 0, 1, "", "fp32", Workers(), None, None)
+torch.manual_seed(0)
+supports, masks = torch.randn(4, 1, 16, 6, 6), torch.rand(4, 1, 24, 24) > 0.6
+queries, embeddings = torch.randn(4, 16, 6, 6), torch.randn(4, 256, 6, 6)
+labels = torch.randint(0, 2, (4, 24, 24), dtype=torch.uint8)
+
+def losses(compiled):
+    torch.manual_seed(1)
+    shape = SegmenterShape(early_channels=12, late_channels=16, grid=6, embedding_channels=256)
+    segmenter = Segmenter(SegmenterConfig(variant="compact", sam_decoder=None), shape).to(device)
+    model = objective(segmenter, Episodic(train_compile=compiled), worker)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    steps = []
+    for number in range(6):
+        episodes = [Episode(number, f"query{number}", (f"support{number}",), (0, number), (True, False))] * 4
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            batch = EpisodeBatch(episodes, supports, masks, queries, embeddings, labels)
+            steps.append(train_step(model, optimiser, [batch], worker, 1.0))
+    return torch.stack([step["loss"] for step in steps]).cpu()
+
+plain = losses(False)
+assert plain[-1] < plain[0] - 0.1, plain
+torch.testing.assert_close(losses(True), plain, rtol=1e-3, atol=1e-4)
+"""
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_a_compiled_training_has_the_losses_of_a_plain_one_and_is_compiled_once(device):
+    """In a process of its own: the shape checks of these tests are no part of what users compile."""
+    done = subprocess.run([sys.executable, "-c", COMPILED, device], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
