@@ -43,6 +43,9 @@ class SegmenterConfig:
     upscaling: Literal["transposed", "bilinear"] = "transposed"
     """How the decoder enlarges: by SAM's transposed convolutions, or bilinear behind convolutions, for a decoder that
     starts at random."""
+    decoder_mlp: Literal[512, 1024, 2048] = 2048
+    """Width between the two layers of each MLP of the decoder's transformer, which nothing but its three tokens pass:
+    SAM's 2048 are 40 % of a model of `offline`."""
     start: Literal["pytorch", "he"] = "he"
     """Initial weights of the correlation's layers: PyTorch's default, which the paper does not change, or He's, without
     which a fresh prior is the same all over the image."""
@@ -55,7 +58,7 @@ class SegmenterConfig:
     def record(self) -> dict[str, Any]:
         """What tells it from others: all switches, but for those of a later release that are off."""
         off = dict.fromkeys(("neighbours", "self_support", "presence", "fuse"), False)
-        later = {**off, "upscaling": "transposed"}
+        later = {**off, "upscaling": "transposed", "decoder_mlp": 2048}
         return {key: value for key, value in asdict(self).items() if later.get(key, ...) != value}
 
     def check(self) -> None:
@@ -66,6 +69,8 @@ class SegmenterConfig:
                 raise UserError(f"--{flag}: rests on what --neighbours finds; turn that on as well, or --no-{flag}")
         if self.sam_decoder is not None and self.upscaling != "transposed":
             raise UserError("--upscaling bilinear: SAM's decoder has transposed convolutions; leave out --sam-decoder")
+        if self.sam_decoder is not None and self.decoder_mlp != 2048:
+            raise UserError(f"--decoder-mlp {self.decoder_mlp}: SAM's decoder has 2048; leave out --sam-decoder")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,9 @@ class Segmenter(nn.Module):
         self.similarity_scale = nn.Parameter(torch.tensor(paper.SIMILARITY_SCALE)) if direct else None
         self.mask_downscaling = mask_downscaling(width)
         self.positional_encoding = PositionalEncoding(width)
-        self.decoder = MaskDecoder(width, sam_extras=config.sam_extras, upscaling=config.upscaling)
+        self.decoder = MaskDecoder(
+            width, mlp_dim=config.decoder_mlp, sam_extras=config.sam_extras, upscaling=config.upscaling
+        )
 
     def embed(self, early: Float[Tensor, "b c g g"]) -> Float[Tensor, "b e g g"]:
         """The stand-in for SAM's image embedding; training reads it baked from the feature store."""

@@ -155,9 +155,10 @@ def test_a_smooth_decoder_shows_no_chequered_pattern():
 
 def test_switches_of_a_later_release_that_are_off_make_no_other_model():
     plain = SegmenterConfig().record()
-    later = {"neighbours", "self_support", "presence", "fuse", "upscaling"}
+    later = {"neighbours", "self_support", "presence", "fuse", "upscaling", "decoder_mlp"}
     assert not later & plain.keys() and plain["variant"] == "4d"
-    assert SWITCHES.record() == {k: v for k, v in dataclasses.asdict(SWITCHES).items() if k != "presence"}
+    unchanged = {"presence", "decoder_mlp"}
+    assert SWITCHES.record() == {k: v for k, v in dataclasses.asdict(SWITCHES).items() if k not in unchanged}
 
 
 @pytest.mark.parametrize(
@@ -165,6 +166,7 @@ def test_switches_of_a_later_release_that_are_off_make_no_other_model():
     [
         (SegmenterConfig(self_support=True), "turn that on as well"),
         (SegmenterConfig(sam_decoder="sam_vit_h", upscaling="bilinear"), "leave out --sam-decoder"),
+        (SegmenterConfig(sam_decoder="sam_vit_h", decoder_mlp=512), "leave out --sam-decoder"),
     ],
 )
 def test_switches_that_exclude_each_other_are_refused(config, said):

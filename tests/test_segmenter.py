@@ -41,6 +41,7 @@ def small_batch(shots=2, seed=0, grid=SHAPE.grid):
 def test_parameters_are_as_many_as_the_design_counts_them():
     assert count(BottleneckAdapter(768)) == 1_249_408
     assert count(MaskDecoder()) == 4_058_340
+    assert count(MaskDecoder()) - count(MaskDecoder(mlp_dim=512)) == 2 * (2 * 256 + 1) * (2048 - 512)
     assert count(mask_downscaling(256)) == 4_684
     assert count(SemanticVisualPrompt(768, 256)) == 196_864
     assert count(PositionalEncoding(256)) == 256
