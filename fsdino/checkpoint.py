@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # a record is read without torch
     from torch import Tensor
 
 FORMAT_VERSION = 2
+SHIPPED = Path(__file__).parent / "model"
+"""The checkpoint that comes with the package: `offline` trained on all of VOC's classes; its README is its card."""
 
 
 def files(name: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Masks for your own classes: register a class from annotated photographs once, find it in any photograph.
 
-predictor = Predictor.load("outputs/runs/.../final")
+predictor = Predictor.load()  # or of a checkpoint of your own
 cat = predictor.register(["cat1.jpg"], ["cat1.png"])
 predictor.set_image("a.jpg")
 masks, scores = predictor.segment([cat])
@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fsdino import paper
+from fsdino.checkpoint import SHIPPED
 from fsdino.data.masks import read_mask
-from fsdino.encoder import Encoder, Features, encoder_of_checkpoint, to_input
+from fsdino.encoder import Encoder, encoder_of_checkpoint, to_input
 from fsdino.errors import UserError
 from fsdino.neighbours import Annotated, padded
 from fsdino.preprocess import Source, read_image, resize_square, to_rgb
@@ -124,9 +125,13 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, checkpoint: str | Path, device: str | torch.device = "cpu", encoder_weights: str | None = None
+        cls,
+        checkpoint: str | Path = SHIPPED,
+        device: str | torch.device = "cpu",
+        encoder_weights: str | None = None,
     ) -> "Predictor":
-        """The predictor of a segmenter's checkpoint: its folder, or ORGANISATION/NAME on the Hugging Face hub.
+        """The predictor of a segmenter's checkpoint: its folder, or ORGANISATION/NAME on the Hugging Face hub; by
+        default the one that comes with the package.
 
         `encoder_weights` names a local file instead of the publisher's. Raises UserError if the checkpoint is none, or
         if it was trained on an encoder of other weights.
@@ -196,11 +201,8 @@ class Predictor:
         if not images:
             raise UserError("expected at least one photograph, got none")
         opened = [_opened(image) for image in images]
-        features = self._features(opened)
-        embeddings = self.segmenter.embed(features.early)
-        self._images = [
-            _Encoded(image.size, features.late[i : i + 1], embeddings[i : i + 1]) for i, image in enumerate(opened)
-        ]
+        encoded = zip(*(x.split(1) for x in self._features(opened)), strict=True)
+        self._images = [_Encoded(image.size, *features) for image, features in zip(opened, encoded, strict=True)]
 
     def segment(self, classes: Sequence[ClassEncoding]) -> Segmentation:
         """Each class's mask, (n, height, width) at the size of the image that `set_image` got, and its score (n,).
@@ -219,6 +221,24 @@ class Predictor:
         """As `segment_batch`, one image after another, as logits."""
         support = self._support(classes)
         return (self._logits(of_image, support) for of_image in self._images)
+
+    @torch.inference_mode()
+    def features(
+        self, squares: UInt8[np.ndarray, "b r r 3"]
+    ) -> tuple[Float[Tensor, "b c g g"], Float[Tensor, "b e g g"]]:
+        """Late features, and what stands in for SAM's embedding, of photographs that are the network's squares already;
+        `find` looks for classes in them."""
+        found = self.encoder(to_input(squares, self.encoder.mean, self.encoder.std).to(self.device))
+        return found.late, self.segmenter.embed(found.early)
+
+    @torch.inference_mode()
+    def find(
+        self, late: Float[Tensor, "b c g g"], embedding: Float[Tensor, "b e g g"], classes: Sequence[ClassEncoding]
+    ) -> list[Prediction]:
+        """What the network makes of n classes in each of b images, before it is enlarged to the image's size."""
+        support = self._support(classes)
+        encoded = zip(late.split(1), embedding.split(1), strict=True)
+        return [self._predicted(_Encoded((0, 0), *of_image), support) for of_image in encoded]
 
     @torch.inference_mode()
     def _logits(self, image: "_Encoded", support: SupportEncoding) -> Logits:
@@ -265,8 +285,7 @@ class Predictor:
         return encoded, checked, shares(1), shares(paper.VOID)
 
     def _encoded(self, image: Image.Image) -> "_Encoded":
-        features = self._features([image])
-        return _Encoded(image.size, features.late, self.segmenter.embed(features.early))
+        return _Encoded(image.size, *self._features([image]))
 
     @staticmethod
     def _sureness(logits: Float[Tensor, "n h w"]) -> Float[np.ndarray, "n"]:
@@ -274,8 +293,8 @@ class Predictor:
         found = [of_class[of_class > 0].float().sigmoid() for of_class in logits]
         return np.array([float(inside.mean()) if len(inside) else 0.0 for inside in found], np.float32)
 
-    def _support(self, classes: Sequence[ClassEncoding]) -> SupportEncoding:
-        """All classes in one batch."""
+    def check(self, classes: Sequence[ClassEncoding]) -> None:
+        """Raises UserError if there is no class, or one that was registered with another segmenter."""
         if not classes:
             raise UserError("expected at least one class to look for, got none; register one")
         other = [c.name for c in classes if c.segmenter != self.digest]
@@ -283,6 +302,10 @@ class Predictor:
             raise UserError(
                 f"class {other[0]!r} was registered with another segmenter than {self.digest}; register it again"
             )
+
+    def _support(self, classes: Sequence[ClassEncoding]) -> SupportEncoding:
+        """All classes in one batch."""
+        self.check(classes)
         supports = [c.support.to(self.device) for c in classes]
         kernels = [s.kernel for s in supports if s.kernel is not None]
         positions = [s.annotated for s in supports if s.annotated is not None]
@@ -293,9 +316,8 @@ class Predictor:
             annotated=padded(positions) if positions else None,
         )
 
-    def _features(self, images: Sequence[Image.Image]) -> Features:
-        squares = np.stack([resize_square(image, self.res_px) for image in images])
-        return self.encoder(to_input(squares, self.encoder.mean, self.encoder.std).to(self.device))
+    def _features(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        return self.features(np.stack([resize_square(image, self.res_px) for image in images]))
 
 
 @dataclass(frozen=True)

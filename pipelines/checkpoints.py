@@ -56,6 +56,11 @@ def read_record(url: str, name: str) -> dict[str, Any]:
     return _fetched(url, checkpoint.files(name)[1:], lambda folder: checkpoint.read_record(folder, name))
 
 
+def chosen(url: str | None) -> str:
+    """The checkpoint that a flag names, or else the one that comes with the project."""
+    return url or str(checkpoint.SHIPPED)
+
+
 def load_segmenter(url: str) -> "tuple[Segmenter, dict[str, Any]]":
     """The segmenter at a path or URL, and its record. Raises UserError if there is none."""
     from fsdino.segmenter import Segmenter

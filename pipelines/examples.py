@@ -1,14 +1,27 @@
 """Classes of a user's own: photographs with masks, read and checked."""
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from fsdino.data.masks import read_mask
-from fsdino.errors import UserError
+from fsdino.errors import UserError, first_line
 from fsdino.preprocess import read_image
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from fsdino.predictor import ClassEncoding, Predictor
+
+
+class Examples(NamedTuple):
+    """A class that is to be registered, or a file of one that is."""
+
+    name: str
+    supports: tuple[str, ...]
+    masks: "list[np.ndarray]"
+    file: str = ""
 
 
 def read_masks(supports: Sequence[str], masks: Sequence[str], value: int | None) -> "list[np.ndarray]":
@@ -19,3 +32,44 @@ def read_masks(supports: Sequence[str], masks: Sequence[str], value: int | None)
         raise UserError(f"--mask: expected one mask for each of the {len(supports)} supports, got {len(masks)}")
     sizes = [read_image(path).size for path in supports]
     return [read_mask(path, size, value) for path, size in zip(masks, sizes, strict=True)]
+
+
+def read_classes(classes: Sequence[Sequence[str]], mask_value: int | None) -> list[Examples]:
+    """What `--class` names: a class's name and PHOTOGRAPH=MASK of each support, or a file that `register` wrote.
+
+    Raises UserError for what is neither.
+    """
+    found = []
+    for name, *pairs in classes:
+        if not pairs:
+            found.append(Examples(name_of(name), (), [], name))
+            continue
+        if all(Path(part).is_file() for part in name.rpartition("=")[::2]):
+            raise UserError(f"--class {name}: expected the class's name before PHOTOGRAPH=MASK")
+        split = [pair.rpartition("=") for pair in pairs]
+        for pair, (photograph, _, mask) in zip(pairs, split, strict=True):
+            if not photograph or not mask:
+                raise UserError(f"--class {name} {pair}: expected PHOTOGRAPH=MASK")
+        supports, masks = tuple(photograph for photograph, _, _ in split), [mask for _, _, mask in split]
+        found.append(Examples(name, supports, read_masks(supports, masks, mask_value)))
+    return found
+
+
+def name_of(file: str) -> str:
+    """What the class of a class file is called; ClassEncoding.load checks the rest. Raises UserError if it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(file).is_file():
+        raise UserError(f"--class {file}: expected PHOTOGRAPH=MASK behind the name, or a class file")
+    try:
+        with safe_open(file, "np") as opened:
+            return json.loads((opened.metadata() or {})["class"])["name"]
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--class {file}: expected a class file, got another ({first_line(error)})") from None
+
+
+def registered(one: Examples, predictor: "Predictor") -> "ClassEncoding":
+    """A class for the predictor: from its file, or from its examples."""
+    from fsdino.predictor import ClassEncoding
+
+    return ClassEncoding.load(one.file) if one.file else predictor.register(one.supports, one.masks, one.name)

@@ -323,8 +323,8 @@ def connect(settings: Extraction, urls: Sequence[str]) -> None:
 class Progress:
     """A progress bar, and once each actor has finished a shard, a line with the time that is left."""
 
-    def __init__(self, images: int, settings: Extraction):
-        self.bar = tqdm(total=images, unit="img", desc="extracting", mininterval=1, file=sys.stderr)
+    def __init__(self, images: int, settings: Extraction, title: str = "extracting"):
+        self.bar = tqdm(total=images, unit="img", desc=title, mininterval=1, file=sys.stderr)
         self.actors, self.units = settings.actors, 0
         self.first = (0.0, 0)
 

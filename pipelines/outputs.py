@@ -111,27 +111,14 @@ class Coco:
 
     def add(self, found: Found) -> None:
         """See Writer."""
-        from pycocotools import mask as coco
-
         images, annotations = self.record["images"], self.record["annotations"]
         width, height = found.image.size
         images.append({"id": len(images) + 1, "file_name": redacted(found.query), "width": width, "height": height})
-        for number, whole in enumerate(found.masks):
+        for number, (whole, logits) in enumerate(zip(found.masks, found.logits, strict=True), start=1):
             for place, part in parts(whole, self.instances):
-                full = np.zeros((height, width), np.uint8, order="F")
-                full[place] = part
-                runs = coco.encode(full)
+                record = annotation(place, part, logits)
                 annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": len(images),
-                        "category_id": number + 1,
-                        "segmentation": {"size": [height, width], "counts": runs["counts"].decode()},
-                        "area": int(part.sum()),
-                        "bbox": [float(side) for side in coco.toBbox(runs)],
-                        "iscrowd": 0,
-                        "score": round(float(_sigmoid(found.logits[number][place][part]).mean()), 6),
-                    }
+                    {"id": len(annotations) + 1, "image_id": len(images), "category_id": number, **record}
                 )
 
     def close(self) -> None:
@@ -226,6 +213,23 @@ def parts(mask: np.ndarray, instances: bool) -> Iterator[Part]:
     numbers = ndimage.label(mask)[0] if instances else mask.astype(np.int32)
     for number, place in enumerate(ndimage.find_objects(numbers), start=1):
         yield place, numbers[place] == number
+
+
+def annotation(place: tuple[slice, ...], part: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+    """A part of a mask as COCO has it, of a photograph of the size of `logits` (h, w): column-major run lengths, area,
+    box, and the mean probability as its score."""
+    from pycocotools import mask as coco
+
+    whole = np.zeros(logits.shape, np.uint8, order="F")
+    whole[place] = part
+    runs = coco.encode(whole)
+    return {
+        "segmentation": {"size": list(logits.shape), "counts": runs["counts"].decode()},
+        "area": int(part.sum()),
+        "bbox": [float(side) for side in coco.toBbox(runs)],
+        "iscrowd": 0,
+        "score": round(float(_sigmoid(logits[place][part]).mean()), 6),
+    }
 
 
 def outline(place: tuple[slice, ...], part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

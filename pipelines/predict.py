@@ -1,8 +1,7 @@
 """Masks for your own classes: photographs in, masks of the photographs' own sizes out.
 
-    python -m pipelines.predict --checkpoint CHECKPOINT \\
-        --support cat1.jpg --mask cat1.png --query a.jpg b.jpg --out masks
-    python -m pipelines.predict --checkpoint CHECKPOINT \\
+    python -m pipelines.predict --support cat1.jpg --mask cat1.png --query a.jpg b.jpg --out masks
+    python -m pipelines.predict \\
         --class cat cat1.jpg=cat1.png cat2.jpg=cat2.png --class dog.class --query photos/ --format labels coco
 
 One to five supports, each with a mask (the brighter of two values is the object). `panel.png` shows the first 50
@@ -14,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -25,7 +24,7 @@ from fsdino.preprocess import read_image
 from pipelines import checkpoints
 from pipelines.checks import Few, Folder, Format, Place, Range, Weights
 from pipelines.cli import main
-from pipelines.examples import read_masks
+from pipelines.examples import Examples, read_classes, read_masks, registered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,11 +41,11 @@ PANEL, PANEL_ROWS, RESULTS = "panel.png", 50, "results.jsonl"
 class Settings:
     """Segment the objects that the supports show in each query photograph."""
 
-    checkpoint: Place
-    """Checkpoint folder of train_episodic (its `final`)."""
     query: tuple[str, ...]
     """Photographs to segment: files, folders, globs in quotes, archives, or any of these as an fsspec URL (folders
     there end in a slash)."""
+    checkpoint: Place | None = None
+    """Checkpoint folder of train_episodic (its `final`); none: the one that comes with the project."""
     support: tuple[str, ...] = ()
     """Support photographs of a single class."""
     mask: tuple[str, ...] = ()
@@ -76,15 +75,6 @@ class Settings:
     """A local weights file instead of the publisher's."""
 
 
-class Examples(NamedTuple):
-    """A class that is to be registered, or a file of one that is."""
-
-    name: str
-    supports: tuple[str, ...]
-    masks: "list[np.ndarray]"
-    file: str = ""
-
-
 def job(settings: Settings) -> dict[str, Any]:
     """Check classes, photographs and checkpoint, register, then segment one photograph after another.
 
@@ -93,7 +83,7 @@ def job(settings: Settings) -> dict[str, Any]:
     """
     if settings.tile is not None:
         _let_large_photographs_in()
-    wanted, out = examples(settings), Path(settings.out)
+    wanted, out = wanted_classes(settings), Path(settings.out)
     queries = listed(settings.query, out)
     from pipelines import outputs
 
@@ -101,11 +91,12 @@ def job(settings: Settings) -> dict[str, Any]:
     inputs = [path for one in wanted for path in (*one.supports, one.file) if path]
     inputs += [*settings.mask, *(pair.rpartition("=")[2] for _, *pairs in settings.classes for pair in pairs), *queries]
     stems = outputs.stems(queries, writers, (out / PANEL, out / RESULTS), inputs)
-    checkpoints.read_record(settings.checkpoint, "segmenter")
+    checkpoint = checkpoints.chosen(settings.checkpoint)
+    checkpoints.read_record(checkpoint, "segmenter")
 
     from pipelines import panels
 
-    predictor = checkpoints.load_predictor(settings.checkpoint, settings.encoder_weights, settings.gpu)
+    predictor = checkpoints.load_predictor(checkpoint, settings.encoder_weights, settings.gpu)
     classes = [registered(one, predictor) for one in wanted]
     out.mkdir(parents=True, exist_ok=True)
     first = wanted[0]
@@ -175,39 +166,13 @@ def pictured(found: "Found", names: Sequence[str]) -> "Image.Image":
     return panels.cell(panels.overlaid(found.image, found.apart, names))
 
 
-def examples(settings: Settings) -> list[Examples]:
+def wanted_classes(settings: Settings) -> list[Examples]:
     """The classes that the flags name, their masks read. Raises UserError for what is none."""
     if not settings.classes:
         return [Examples("object", settings.support, read_masks(settings.support, settings.mask, settings.mask_value))]
     if settings.support or settings.mask:
         raise UserError("--class: names its own supports; leave --support and --mask out")
-    found = []
-    for name, *pairs in settings.classes:
-        if not pairs:
-            found.append(Examples(name_of(name), (), [], name))
-            continue
-        if all(Path(part).is_file() for part in name.rpartition("=")[::2]):
-            raise UserError(f"--class {name}: expected the class's name before PHOTOGRAPH=MASK")
-        split = [pair.rpartition("=") for pair in pairs]
-        for pair, (photograph, _, mask) in zip(pairs, split, strict=True):
-            if not photograph or not mask:
-                raise UserError(f"--class {name} {pair}: expected PHOTOGRAPH=MASK")
-        supports, masks = tuple(photograph for photograph, _, _ in split), [mask for _, _, mask in split]
-        found.append(Examples(name, supports, read_masks(supports, masks, settings.mask_value)))
-    return found
-
-
-def name_of(file: str) -> str:
-    """What the class of a class file is called; ClassEncoding.load checks the rest. Raises UserError if it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(file).is_file():
-        raise UserError(f"--class {file}: expected PHOTOGRAPH=MASK behind the name, or a class file")
-    try:
-        with safe_open(file, "np") as opened:
-            return json.loads((opened.metadata() or {})["class"])["name"]
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--class {file}: expected a class file, got another ({first_line(error)})") from None
+    return read_classes(settings.classes, settings.mask_value)
 
 
 def listed(queries: Sequence[str], out: Path) -> list[str]:
@@ -227,13 +192,6 @@ def listed(queries: Sequence[str], out: Path) -> list[str]:
     if not found:
         raise UserError(f"--query {queries[0]}: expected photographs beside those in --out {out}, found none")
     return found
-
-
-def registered(one: Examples, predictor: "Predictor") -> "ClassEncoding":
-    """A class for the predictor: from its file, or from its examples."""
-    from fsdino.predictor import ClassEncoding
-
-    return ClassEncoding.load(one.file) if one.file else predictor.register(one.supports, one.masks, one.name)
 
 
 def segmented(

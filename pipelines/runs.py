@@ -34,7 +34,7 @@ class About:
     """What MLflow shows of a run beside its curves and pictures."""
 
     pipeline: str
-    """extract, distill, train, evaluate or analyze: with the data set, the run's experiment."""
+    """extract, distill, train, evaluate, annotate or analyze: with the data set, the run's experiment."""
     dataset: str
     name: str
     params: dict[str, Any]

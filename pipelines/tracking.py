@@ -47,6 +47,7 @@ DESCRIPTIONS = {
     "distill": "Adapters that have learnt the teacher's embeddings of {}.",
     "train": "Few-shot segmenters, trained on the base classes of {}: a run for each fold and model.",
     "evaluate": "Scores on classes of {} that training never saw: a run for each seed, their mean above them.",
+    "annotate": "Classes of a user's own, found in the photographs of {}.",
     "analyze": "How well the layers of an encoder agree with a teacher on {}.",
 }
 """Of the experiments, which are called PIPELINE/DATASET."""

@@ -105,7 +105,7 @@ def test_void_in_a_mask_is_no_background(predictor):
     void = MASK.copy()
     void[MASK == 255] = 1
     void[:, 72:] = 255
-    late = predictor._features([PHOTO]).late[None]
+    late = predictor._features([PHOTO])[0][None]
     shares = [F.adaptive_avg_pool2d(torch.from_numpy(void == v).float()[None], 5)[None] for v in (1, 255)]
     expected = predictor.segmenter.encode_support(late, *shares)
     for one, other in zip(predictor.register([PHOTO], [void]).support, expected, strict=True):

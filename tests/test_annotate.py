@@ -1,0 +1,201 @@
+"""Annotating many photographs: what is written, and what survives."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from fsdino.errors import UserError
+from fsdino.predictor import Predictor
+from tests.conftest import ROOT, flags, run, stop_ray
+
+PHOTOGRAPHS, SHARD = 19, 8
+
+
+@pytest.fixture(scope="module")
+def photos(shapes_root, tmp_path_factory):
+    """Photographs of several sizes in folders, one of which is none."""
+    root = tmp_path_factory.mktemp("photos")
+    listed = sorted((shapes_root / "JPEGImages").iterdir())[: PHOTOGRAPHS - 1]
+    for number, path in enumerate(listed):
+        folder = root / f"day{number % 2}"
+        folder.mkdir(exist_ok=True)
+        Image.open(path).resize((160 + 8 * number, 120)).save(folder / f"{number:02d}.png")
+    (root / "day1" / "broken.png").write_bytes(b"no photograph")
+    return root
+
+
+@pytest.fixture(scope="module")
+def example(shapes_root):
+    """A photograph with two classes, and their values in its label."""
+    for label in sorted((shapes_root / "SegmentationClass").iterdir()):
+        values = sorted(set(np.unique(np.asarray(Image.open(label))).tolist()) - {0, 255})
+        if len(values) > 1:
+            return shapes_root / "JPEGImages" / f"{label.stem}.jpg", label, values[:2]
+    raise AssertionError("no photograph with two classes")
+
+
+@pytest.fixture(scope="module")
+def setup(whole_run, places, photos, example, tmp_path_factory):
+    """Flags of an annotation: two classes registered from one photograph."""
+    checkpoint, (photograph, label, values) = whole_run["4d"]["checkpoint"], example
+    folder, classes = tmp_path_factory.mktemp("classes"), []
+    for value in values:
+        file = folder / f"{value}.class"
+        shown = ["--support", photograph, "--mask", label, "--mask-value", value]
+        run("register", "--checkpoint", checkpoint, "--name", f"class {value}", *shown, "--out", file)
+        classes += ["--class", file]
+    common = ["--checkpoint", checkpoint, "--images", photos, "--shard-images", SHARD, "--max-bad-share", 0.1]
+    return [*common, *classes, *flags(places, "--tracking-uri"), "--actor-cpus", 0.5, "--decode-cpus", 0.25]
+
+
+@pytest.fixture(scope="module")
+def annotated(setup, tmp_path_factory):
+    """An undisturbed annotation: its folder, and what the command returned."""
+    out = tmp_path_factory.mktemp("annotated") / "of-shapes"
+    return out, run("annotate", *setup, "--to", out)
+
+
+def contents(folder):
+    """All that is written of the shards, but for the seconds that they took."""
+    found = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name.startswith("part-")}
+    for name in [name for name in found if name.endswith(".json") and "coco" not in name]:
+        found[name] = json.loads(found[name]) | {"seconds": 0}
+    return found
+
+
+def rows_of(folder):
+    return [row for path in sorted(Path(folder).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_annotations_are_what_the_predictor_finds_in_each_photograph(annotated, setup, photos):
+    out, result = annotated
+    predictor = Predictor.load(setup[1])
+    from fsdino.predictor import ClassEncoding
+
+    classes = [ClassEncoding.load(setup[i + 1]) for i, flag in enumerate(setup) if flag == "--class"]
+    rows = rows_of(out)
+    assert len(rows) == 2 * (PHOTOGRAPHS - 1) and result["photographs"] == PHOTOGRAPHS - 1
+    found = dict.fromkeys((c.name for c in classes), 0)
+    for row in rows:
+        with Image.open(photos / row["image_id"]) as image:
+            predictor.set_image(image)
+            assert (row["width"], row["height"]) == image.size
+        number = [c.name for c in classes].index(row["class"])
+        logits = next(predictor.logits(classes)).mask[number].numpy()
+        mask = np.zeros(logits.shape, bool)
+        if row["area"]:
+            size = [row["height"], row["width"]]
+            mask = coco_mask.decode({"size": size, "counts": row["rle"].encode()}).astype(bool)
+            found[row["class"]] += 1
+            columns = np.flatnonzero(mask.any(0))
+            assert row["bbox"][0] == columns[0] and row["bbox"][2] == len(range(columns[0], columns[-1] + 1))
+        assert row["area"] == mask.sum()
+        assert not ((mask != (logits > 0)) & (np.abs(logits) > 0.02)).any(), "logits travel as halves"
+    assert result["found"] == found and sum(found.values()), "nothing was found in any of them"
+
+
+def test_a_shard_of_coco_is_read_by_its_own_tools_and_says_the_same(annotated):
+    out, _ = annotated
+    ids, rows = set(), {(row["image_id"], row["class"]): row for row in rows_of(out)}
+    for path in sorted(out.glob("*.coco.json")):
+        shard = COCO(path)
+        names = {number: one["name"] for number, one in shard.cats.items()}
+        for record in shard.dataset["annotations"]:
+            assert record["id"] not in ids and not ids.add(record["id"])
+            row = rows[shard.imgs[record["image_id"]]["file_name"], names[record["category_id"]]]
+            assert shard.annToMask(record).sum() == row["area"] == record["area"]
+    assert len(ids) == sum(row["area"] > 0 for row in rows.values())
+
+
+def test_a_photograph_that_cannot_be_read_is_named_and_left_out(annotated, setup, capsys):
+    out, result = annotated
+    assert result["left_out"] == 1
+    again = run("annotate", *setup, "--to", out)
+    assert again == result and "nothing to do" in capsys.readouterr().err
+    (bad,) = [json.loads(p.read_text())["bad"] for p in sorted(out.glob("part-??????.json"))][-1:]
+    assert list(bad) == ["day1/broken.png"]
+
+
+def test_only_shards_without_a_marker_are_written_again_and_equal_the_first(annotated, setup, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(annotated[0], out)
+    before = contents(out)
+    kept = (out / "part-000000.parquet").stat().st_mtime_ns
+    (out / "part-000001.json").unlink()
+    (out / "part-000001.parquet").write_bytes(b"half")
+    run("annotate", *setup, "--to", out)
+    assert contents(out) == before and (out / "part-000000.parquet").stat().st_mtime_ns == kept
+
+
+def test_features_that_are_kept_give_the_same_masks_and_are_computed_once(annotated, setup, tmp_path, capsys):
+    stored = [*setup, "--keep-features", "--store", tmp_path / "stores"]
+    run("annotate", *stored, "--to", tmp_path / "first")
+    for one, other in zip(rows_of(annotated[0]), rows_of(tmp_path / "first"), strict=True):
+        assert (one["image_id"], one["class"]) == (other["image_id"], other["class"])
+        assert abs(one["area"] - other["area"]) <= 0.02 * one["width"] * one["height"], "features are kept as halves"
+    capsys.readouterr()
+    run("annotate", *stored, "--instances", "--to", tmp_path / "second")
+    assert "nothing to do" in capsys.readouterr().err, "features were computed again"
+    assert len(rows_of(tmp_path / "second")) >= len(rows_of(tmp_path / "first"))
+
+
+def test_a_trial_annotates_a_few_and_says_what_all_take(setup, tmp_path, capsys):
+    result = run("annotate", *setup, "--to", tmp_path / "out", "--trial", 5, "--price", 2)
+    assert result["shards"] == "1 of 3" and result["photographs"] == SHARD
+    assert "19 take" in (told := capsys.readouterr().err) and "at 2 an hour" in told
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--shard-images", 4], "holds annotations with another shard_images"),
+        (["--instances"], "another instances"),
+        (["--images", "nowhere.txt"], "found no file"),
+        (["--images", "nowhere"], "expected photographs, found none"),
+        (["--class", "nowhere.class"], "or a class file"),
+        (["--max-bad-share", 0], "cannot be read, more than --max-bad-share"),
+    ],
+)
+def test_what_cannot_be_annotated_is_refused_in_one_line(annotated, setup, tmp_path, change, said):
+    out = tmp_path / "new" if "--max-bad-share" in change else annotated[0]
+    with pytest.raises(UserError, match=said):
+        run("annotate", *setup, "--to", out, *change)
+
+
+def test_a_list_names_photographs_by_their_paths(setup, photos, tmp_path):
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{photos}/day0/00.png\n\n{photos}/day1/01.png\n")
+    run("annotate", *setup, "--images", listed, "--to", tmp_path / "out")
+    assert [row["image_id"] for row in rows_of(tmp_path / "out")][::2] == listed.read_text().split()
+
+
+@pytest.mark.slow
+def test_an_annotation_on_s3_that_is_killed_ends_as_an_undisturbed_one(annotated, setup, s3_endpoint, tmp_path):
+    import fsspec
+
+    stop_ray()
+    bucket, out = fsspec.filesystem("s3"), "s3://features/annotations"
+    line = [sys.executable, "-m", "pipelines.annotate", *map(str, setup), "--to", out]
+    process = subprocess.Popen(line, cwd=ROOT, start_new_session=True, env=os.environ)
+    for _ in range(1200):
+        if bucket.exists(f"{out}/part-000000.json") or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    time.sleep(61)  # a holder that is killed is given up after a minute where its process cannot be asked
+    run("annotate", *setup, "--to", out)
+    bucket.get(out, str(tmp_path / "there"), recursive=True)
+    assert contents(tmp_path / "there") == contents(annotated[0])
