@@ -197,5 +197,5 @@ Weights = Annotated[str, Location(hub=True)]
 Picture = Annotated[str, NewFile(".png")]
 """A picture that is written."""
 TrackingUri = Annotated[str, Tracking()]
-Format = Literal["mask", "labels", "overlay", "probability", "coco", "yolo"]
+Format = Literal["mask", "labels", "overlay", "video", "probability", "coco", "yolo", "geotiff", "geojson"]
 """What `predict` writes."""

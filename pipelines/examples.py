@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from fsdino.data.masks import read_mask
 from fsdino.errors import UserError, first_line
 from fsdino.preprocess import read_image
+from pipelines import geo, videos
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     from fsdino.predictor import ClassEncoding, Predictor
+
+
+FRAMES = videos.Reader()
 
 
 class Examples(NamedTuple):
@@ -24,13 +29,18 @@ class Examples(NamedTuple):
     file: str = ""
 
 
+def read_photograph(path: str) -> "Image.Image":
+    """A photograph, a frame of a video, or a GeoTIFF of any bands, as RGB."""
+    return FRAMES.read(path) or geo.read(path) or read_image(path)
+
+
 def read_masks(supports: Sequence[str], masks: Sequence[str], value: int | None) -> "list[np.ndarray]":
     """Masks of photographs. Raises UserError, naming the flag, if there are none or one lacks the other."""
     if not supports:
         raise UserError("--support: expected at least one photograph, got none")
     if len(supports) != len(masks):
         raise UserError(f"--mask: expected one mask for each of the {len(supports)} supports, got {len(masks)}")
-    sizes = [read_image(path).size for path in supports]
+    sizes = [read_photograph(path).size for path in supports]
     return [read_mask(path, size, value) for path, size in zip(masks, sizes, strict=True)]
 
 
@@ -72,4 +82,6 @@ def registered(one: Examples, predictor: "Predictor") -> "ClassEncoding":
     """A class for the predictor: from its file, or from its examples."""
     from fsdino.predictor import ClassEncoding
 
-    return ClassEncoding.load(one.file) if one.file else predictor.register(one.supports, one.masks, one.name)
+    if one.file:
+        return ClassEncoding.load(one.file)
+    return predictor.register([read_photograph(path) for path in one.supports], one.masks, one.name)

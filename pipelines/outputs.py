@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +15,10 @@ from scipy import ndimage
 
 from feature_store.urls import is_url, redacted
 from fsdino.errors import UserError
-from pipelines import panels
+from pipelines import geo, panels, videos
 from pipelines.checks import Format
 
-COCO, YOLO_CLASSES = "annotations.json", "classes.txt"
+COCO, YOLO_CLASSES, FILM = "annotations.json", "classes.txt", "film.mp4"
 MOST_LABELS = 254
 Part = tuple[tuple[slice, ...], np.ndarray]
 """Where a mask's part lies, and the part itself (h, w) bool."""
@@ -153,8 +154,37 @@ class Yolo:
         self.shared[0].write_text("".join(f"{name}\n" for name in self.names))
 
 
-def writers(formats: Sequence[Format], out: Path, names: Sequence[str], instances: bool) -> list[Writer]:
-    """One for each format. Raises UserError for classes whose files could not be told apart."""
+class Video:
+    """All photographs, or a video's frames, with their masks as one film."""
+
+    def __init__(self, out: Path, names: Sequence[str], rate: Fraction):
+        self.names, self.shared = names, [out / FILM]
+        self.rate = rate
+        self.film: videos.Film | None = None
+
+    def paths(self, stem: str) -> list[Path]:
+        """See Writer."""
+        return []
+
+    def add(self, found: Found) -> None:
+        """See Writer."""
+        if self.film is None:
+            self.film = videos.Film(self.shared[0], self.rate)
+        self.film.add(_overlay(found, self.names))
+
+    def close(self) -> None:
+        """See Writer."""
+        if self.film is not None:
+            self.film.close()
+
+
+def writers(
+    formats: Sequence[Format], out: Path, names: Sequence[str], instances: bool, rate: Fraction = videos.FRAME_RATE
+) -> list[Writer]:
+    """One for each format; `rate` in frames a second.
+
+    Raises UserError for classes whose files could not be told apart.
+    """
     known: dict[str, str] = {}
     for name in names:
         if not name.strip():
@@ -171,6 +201,9 @@ def writers(formats: Sequence[Format], out: Path, names: Sequence[str], instance
         "probability": lambda: Pictures(out, names, "_probability.png", lambda f, n: _grey(f.logits[n]), each=True),
         "coco": lambda: Coco(out, names, instances),
         "yolo": lambda: Yolo(out, names),
+        "video": lambda: Video(out, names, rate),
+        "geotiff": lambda: geo.GeoTiff(out, names),
+        "geojson": lambda: geo.GeoJson(out, names),
     }
     return [made[name]() for name in dict.fromkeys(formats)]
 
@@ -192,12 +225,12 @@ def stems(queries: Sequence[str], made: Sequence[Writer], others: Sequence[Path]
     taken = {*others, *(path for writer in made for path in writer.shared)}
     for path in taken:
         check(path, "")
-    found = []
+    found, used = list[str](), set[str]()
     for query in queries:
-        stem = Path(query).stem
+        stem = stem_of(query)
         for numbered in chain([stem], (f"{stem}-{n}" for n in count(2))):
             paths = [path for writer in made for path in writer.paths(numbered)]
-            if len(set(paths)) == len(paths) and not taken & set(paths) and numbered not in found:
+            if len(set(paths)) == len(paths) and not taken & set(paths) and numbered not in used:
                 break
             if len(set(paths)) < len(paths):
                 raise UserError(f"--format: two of them write {paths[-1].name}; call the class otherwise")
@@ -205,7 +238,14 @@ def stems(queries: Sequence[str], made: Sequence[Writer], others: Sequence[Path]
             check(path, query)
         taken |= set(paths)
         found.append(numbered)
+        used.add(numbered)
     return found
+
+
+def stem_of(query: str) -> str:
+    """A photograph's name without its suffix; a video's frame's with its number."""
+    path, sign, number = query.rpartition("#")
+    return f"{Path(path).stem}_{number}" if sign and videos.is_video(path) else Path(query).stem
 
 
 def parts(mask: np.ndarray, instances: bool) -> Iterator[Part]:

@@ -1,6 +1,8 @@
 """Masks for your own classes: photographs in, masks of the photographs' own sizes out.
 
     python -m pipelines.predict --support cat1.jpg --mask cat1.png --query a.jpg b.jpg --out masks
+    python -m pipelines.predict --query clip.mp4 --first first.png --format video
+    python -m pipelines.predict --query field.tif --class tree.class --tile 512 --format geotiff geojson
     python -m pipelines.predict \\
         --class cat cat1.jpg=cat1.png cat2.jpg=cat2.png --class dog.class --query photos/ --format labels coco
 
@@ -21,10 +23,10 @@ from feature_store.urls import is_url, redacted
 from fsdino.data.photographs import list_photographs
 from fsdino.errors import UserError, first_line
 from fsdino.preprocess import read_image
-from pipelines import checkpoints
+from pipelines import checkpoints, videos
 from pipelines.checks import Few, Folder, Format, Place, Range, Weights
 from pipelines.cli import main
-from pipelines.examples import Examples, read_classes, read_masks, registered
+from pipelines.examples import Examples, read_classes, read_masks, read_photograph, registered
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,21 +45,23 @@ class Settings:
 
     query: tuple[str, ...]
     """Photographs to segment: files, folders, globs in quotes, archives, or any of these as an fsspec URL (folders
-    there end in a slash)."""
+    there end in a slash); or videos, whose frames are photographs."""
     checkpoint: Place | None = None
     """Checkpoint folder of train_episodic (its `final`); none: the one that comes with the project."""
     support: tuple[str, ...] = ()
     """Support photographs of a single class."""
     mask: tuple[str, ...] = ()
     """Their masks, in the same order."""
+    first: str | None = None
+    """Instead of supports: the mask of the first photograph of --query, of a folder of frames or a video."""
     classes: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="class")] = ()
     """A class: its name, and PHOTOGRAPH=MASK of each support; or a file that `register` wrote. Once for each class."""
     mask_value: Annotated[int, Range(0, 255)] | None = None
     """The object's value in masks of several classes; their 255 is then neither object nor background."""
     format: tuple[Format, ...] = ("mask",)
     """What to write: a black-and-white PNG of each class; one PNG whose values are classes, from 1 on; the photograph
-    with its masks; a 16-bit PNG of each class's probability; annotations.json as COCO has it; a text file with outlines
-    as YOLO has it, and classes.txt."""
+    with its masks; film.mp4 of all of them; a 16-bit PNG of each class's probability; annotations.json as COCO has it;
+    a text file with outlines as YOLO has it, and classes.txt; for GeoTIFFs labels and outlines on the ground."""
     instances: bool = False
     """In COCO's form, each connected part of a mask as an object."""
     gpu: bool = False
@@ -83,13 +87,16 @@ def job(settings: Settings) -> dict[str, Any]:
     """
     if settings.tile is not None:
         _let_large_photographs_in()
-    wanted, out = wanted_classes(settings), Path(settings.out)
+    out = Path(settings.out)
     queries = listed(settings.query, out)
+    wanted = wanted_classes(settings, queries[0])
     from pipelines import outputs
 
-    writers = outputs.writers(settings.format, out, [one.name for one in wanted], settings.instances)
+    rate = next((videos.rate(query) for query in settings.query if videos.is_video(query)), videos.FRAME_RATE)
+    writers = outputs.writers(settings.format, out, [one.name for one in wanted], settings.instances, rate)
     inputs = [path for one in wanted for path in (*one.supports, one.file) if path]
-    inputs += [*settings.mask, *(pair.rpartition("=")[2] for _, *pairs in settings.classes for pair in pairs), *queries]
+    inputs += [*settings.mask, *filter(None, [settings.first]), *settings.query, *queries]
+    inputs += [pair.rpartition("=")[2] for _, *pairs in settings.classes for pair in pairs]
     stems = outputs.stems(queries, writers, (out / PANEL, out / RESULTS), inputs)
     checkpoint = checkpoints.chosen(settings.checkpoint)
     checkpoints.read_record(checkpoint, "segmenter")
@@ -100,7 +107,7 @@ def job(settings: Settings) -> dict[str, Any]:
     classes = [registered(one, predictor) for one in wanted]
     out.mkdir(parents=True, exist_ok=True)
     first = wanted[0]
-    support = panels.overlay(read_image(first.supports[0]), first.masks[0] == 1) if first.supports else None
+    support = panels.overlay(read_photograph(first.supports[0]), first.masks[0] == 1) if first.supports else None
     names, unread = [one.name for one in wanted], list[str]()
     masks: list[dict[str, Any]] = []
     rows: list[list[Image.Image | None]] = []
@@ -166,8 +173,13 @@ def pictured(found: "Found", names: Sequence[str]) -> "Image.Image":
     return panels.cell(panels.overlaid(found.image, found.apart, names))
 
 
-def wanted_classes(settings: Settings) -> list[Examples]:
-    """The classes that the flags name, their masks read. Raises UserError for what is none."""
+def wanted_classes(settings: Settings, query: str) -> list[Examples]:
+    """The classes that the flags name, their masks read; `query` is the first photograph. Raises UserError for what is
+    none."""
+    if settings.first is not None:
+        if settings.classes or settings.support or settings.mask:
+            raise UserError("--first: is the only example; leave --class, --support and --mask out")
+        return [Examples("object", (query,), read_masks([query], [settings.first], settings.mask_value))]
     if not settings.classes:
         return [Examples("object", settings.support, read_masks(settings.support, settings.mask, settings.mask_value))]
     if settings.support or settings.mask:
@@ -188,7 +200,7 @@ def listed(queries: Sequence[str], out: Path) -> list[str]:
             continue
         if not is_url(query) and not Path(query).exists():
             read_image(query)  # says so
-        found.append(query)
+        found += videos.frames(query) if videos.is_video(query) and not is_url(query) else [query]
     if not found:
         raise UserError(f"--query {queries[0]}: expected photographs beside those in --out {out}, found none")
     return found
@@ -209,7 +221,7 @@ def segmented(
         opened = []
         for path, stem in queries[at : at + batch]:
             try:
-                opened.append((path, stem, read_image(path)))
+                opened.append((path, stem, read_photograph(path)))
             except (UserError, OSError) as error:
                 unread.append(first_line(error))
         if not opened:
