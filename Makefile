@@ -4,10 +4,14 @@ BIN := .venv/bin
 READY := .venv/ready
 FAST := not slow and not gpu
 
-.PHONY: demo test test-slow check mlflow clean
+.PHONY: demo predict test test-slow check mlflow clean
 
 demo: $(READY)
 	@$(BIN)/python -m pipelines.demo
+
+predict: $(READY)
+	@$(BIN)/python -m pipelines.predict --class person examples/astronaut.jpg=examples/astronaut.png \
+		--query examples/camera.jpg --format mask overlay --out outputs/predict
 
 mlflow: $(READY)
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db

@@ -58,7 +58,7 @@ LIST = ".txt"
 class Settings:
     """Find classes in many photographs."""
 
-    images: str
+    images: Place
     """Photographs: a folder, a glob in quotes, a tar archive or a folder of them, a .txt file with a path or URL on
     each line, or any of these as an fsspec URL."""
     classes: Also[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="class")]

@@ -29,6 +29,7 @@ def job(settings: Settings) -> dict[str, Any]:
     """Halve, write, and say what that changed."""
     if settings.checkpoint == settings.to:
         raise UserError(f"--to {settings.to}: expected another folder than --checkpoint's")
+    checkpoints.read_record(settings.checkpoint, "segmenter")
     segmenter, _ = checkpoints.load_segmenter(settings.checkpoint)
     before = {key: value.clone() for key, value in segmenter.state_dict().items()}
     after = segmenter.half().state_dict()

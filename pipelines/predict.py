@@ -88,8 +88,9 @@ def job(settings: Settings) -> dict[str, Any]:
     if settings.tile is not None:
         _let_large_photographs_in()
     out = Path(settings.out)
+    named = wanted_classes(settings)
     queries = listed(settings.query, out)
-    wanted = wanted_classes(settings, queries[0])
+    wanted = named or [first_example(settings, queries[0])]
     from pipelines import outputs
 
     rate = next((videos.rate(query) for query in settings.query if videos.is_video(query)), videos.FRAME_RATE)
@@ -173,18 +174,22 @@ def pictured(found: "Found", names: Sequence[str]) -> "Image.Image":
     return panels.cell(panels.overlaid(found.image, found.apart, names))
 
 
-def wanted_classes(settings: Settings, query: str) -> list[Examples]:
-    """The classes that the flags name, their masks read; `query` is the first photograph. Raises UserError for what is
-    none."""
+def wanted_classes(settings: Settings) -> list[Examples]:
+    """The classes that the flags name, their masks read; none with `--first`. Raises UserError for what is none."""
     if settings.first is not None:
         if settings.classes or settings.support or settings.mask:
             raise UserError("--first: is the only example; leave --class, --support and --mask out")
-        return [Examples("object", (query,), read_masks([query], [settings.first], settings.mask_value))]
+        return []
     if not settings.classes:
         return [Examples("object", settings.support, read_masks(settings.support, settings.mask, settings.mask_value))]
     if settings.support or settings.mask:
         raise UserError("--class: names its own supports; leave --support and --mask out")
     return read_classes(settings.classes, settings.mask_value)
+
+
+def first_example(settings: Settings, query: str) -> Examples:
+    """The first photograph with its mask. Raises UserError if that is none of it."""
+    return Examples("object", (query,), read_masks([query], [str(settings.first)], settings.mask_value))
 
 
 def listed(queries: Sequence[str], out: Path) -> list[str]:

@@ -14,7 +14,7 @@ from pipelines.recipes import RECIPES
 
 COMMANDS = (
     "extract_teacher extract_features distill bake_embeddings train_episodic evaluate predict report analyze_layers "
-    "generate_shapes reproduce demo check_data register"
+    "generate_shapes reproduce demo check_data register annotate export"
 ).split()
 SECRET = "hunter2"
 NUMBERS = ("0", "-1", "1" + "0" * 30, "nan", "inf", "1e400")
@@ -22,6 +22,8 @@ NEEDED = {
     "train_episodic": ["--fold", "0"],
     "evaluate": ["--fold", "0"],
     "predict": ["--checkpoint", "c", "--support", "a.jpg", "--mask", "a.png", "--query", "b.jpg"],
+    "annotate": "--images photos --class c.class --to there".split(),
+    "export": "--checkpoint c --to there".split(),
     "register": "--checkpoint c --name n --support a.jpg --mask a.png --out c.class".split(),
 }
 
@@ -118,9 +120,11 @@ def test_every_place_refuses_what_it_cannot_be_and_tells_no_secret(capsys, tmp_p
 NO_PLACES = {
     *("--recipe", "--encoder", "--teacher", "--protocol", "--name", "--model-name", "--dataset", "--sam-decoder"),
     *("--support", "--mask", "--query", "--panel", "--plot", "--classes", "--out"),
+    *("--first", "--point", "--other", "--box", "--scribble"),
 }
 """Strings that are names, and files whose own checks are below: photographs may be at signed addresses."""
 
+NO_RECIPE = ("predict", "annotate", "export", "report", "generate_shapes", "demo", "check_data")
 MISSING = [
     ("extract_teacher", ["--data", "nowhere"], "expected a data set"),
     ("extract_features", ["--images", "nowhere"], "expected photographs, found none"),
@@ -131,6 +135,8 @@ MISSING = [
     ("evaluate", ["--data", "nosuch://x/y"], "expected a path or an fsspec URL"),
     ("predict", [], "a.jpg: expected an image file, found nothing there"),
     ("predict", [f"--support=https://user:{SECRET}@127.0.0.1:9/a.jpg?token={SECRET}"], "127.0.0.1:9/a.jpg"),
+    ("annotate", ["--class", "c.class"], "or a class file"),
+    ("export", [], "expected a checkpoint"),
     ("report", [], "expected evaluations, found none"),
     ("analyze_layers", ["--data", "nowhere"], "expected a data set"),
     ("generate_shapes", ["--data", "file"], "expected a folder"),
@@ -149,7 +155,7 @@ def test_what_is_not_there_is_named(capsys, tmp_path, monkeypatch, shapes_root, 
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
     data = ["--data", shapes_root] if "--data" in flags_of(settings_of(name)[0]) and name != "generate_shapes" else []
-    recipe = ["--recipe", "tiny"] if name not in ("predict", "report", "generate_shapes", "demo", "check_data") else []
+    recipe = ["--recipe", "tiny"] if name not in NO_RECIPE else []
     _, line = said(capsys, name, [*recipe, *data, *arguments])
     assert expected in line
 
