@@ -110,7 +110,7 @@ def _outlines(place: tuple[slice, ...], part: np.ndarray, transform: Any) -> Ite
     from rasterio.features import shapes
     from rasterio.transform import Affine
 
-    moved = transform * Affine.translation(place[1].start, place[0].start)
+    moved = transform @ Affine.translation(place[1].start, place[0].start)
     for outline, value in shapes(part.astype(np.uint8), part, connectivity=4, transform=moved):
         if value:
             yield outline
