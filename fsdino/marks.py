@@ -17,10 +17,10 @@ from fsdino import paper
 from fsdino.errors import UserError
 from fsdino.predictor import Predictor
 
-DISC_SHARE = 0.03  # radius of a point, of the photograph's shorter side
+DISC_SHARE = 0.06  # radius of a point, of the photograph's shorter side: about a position of the network's grid
 CORE_SHARE = 0.5  # of a box's sides: the ellipse in its middle that is surely the object
 BORDER_SHARE = 0.03  # of the photograph's sides: where nothing else says what the background is
-FAR_DISCS = 6  # radii that the border stays away from a point
+FAR_DISCS = 4  # radii that the border stays away from a point
 ROUNDS = 2
 
 
@@ -88,8 +88,9 @@ def _known(image: Image.Image, marks: Marks) -> tuple[UInt8[np.ndarray, "h w"], 
     if marks.scribble is not None:
         if marks.scribble.shape != (height, width):
             raise UserError(f"scribble: expected (height, width) of {(height, width)}, got {marks.scribble.shape}")
+        broad = ndimage.binary_dilation(marks.scribble == 1, iterations=round(radius / 2))
+        known[broad] = 1
         known[marks.scribble == 2] = 0
-        known[marks.scribble == 1] = 1
     near = np.zeros_like(allowed)
     for value, points in ((0, marks.others), (1, marks.points)):
         for point in points:

@@ -1,6 +1,7 @@
 """Pictures of the ground: a GeoTIFF's place, carried over to masks and outlines. Needs rasterio (the extra `geo`)."""
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ def read(path: str) -> Image.Image | None:
     if rasterio is None or not Path(path).is_file():
         return None
     try:
-        with rasterio.open(path) as file:
+        with _quietly(rasterio, path) as file:
             if file.crs is None:
                 return None
             if file.count == 2:
@@ -120,7 +121,7 @@ def _placed(path: str) -> Any:
     """A file that says where it is. Raises UserError if it does not."""
     rasterio = _rasterio()
     try:
-        file = rasterio.open(path)
+        file = _quietly(rasterio, path)
     except rasterio.errors.RasterioError as error:
         raise UserError(f"{redacted(path)}: expected a GeoTIFF, got: {first_line(error)}") from None
     if file.crs is None:
@@ -129,6 +130,13 @@ def _placed(path: str) -> Any:
             "out --format geotiff and geojson"
         )
     return file
+
+
+def _quietly(rasterio: Any, path: str) -> Any:
+    """The file, without a warning if it has no place: we ask ourselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        return rasterio.open(path)
 
 
 def _rasterio(required: bool = True) -> Any:

@@ -39,7 +39,7 @@ def photos(shapes_root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def example(shapes_root):
     """A photograph with two classes, and their values in its label."""
-    for label in sorted((shapes_root / "SegmentationClass").iterdir()):
+    for label in sorted((shapes_root / "SegmentationClassAug").iterdir()):
         values = sorted(set(np.unique(np.asarray(Image.open(label))).tolist()) - {0, 255})
         if len(values) > 1:
             return shapes_root / "JPEGImages" / f"{label.stem}.jpg", label, values[:2]

@@ -4,15 +4,19 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw
 
 from fsdino.errors import UserError
 from fsdino.marks import Frame, Marks, Point, mask_of
 from fsdino.predictor import ClassEncoding, Predictor
 from pipelines import register
-from tests.conftest import run
+from tests.conftest import ROOT, run
 
-WIDTH, HEIGHT, CENTRES, RADIUS = 240, 180, ((70, 90), (185, 70)), 34
+WIDTH = HEIGHT = 512
+ASTRONAUT = ROOT / "examples" / "astronaut.jpg"
+OUTLINE = [(215, 15), (280, 15), (305, 60), (295, 130), (310, 170), (345, 250), (360, 320), (320, 370), (300, 430)]
+OUTLINE += [(300, 511), (15, 511), (30, 420), (60, 330), (105, 240), (120, 170), (165, 140), (155, 70)]
+FLAG, SHUTTLE = (20, 150), (410, 120)
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +26,10 @@ def predictor():
 
 @pytest.fixture(scope="module")
 def photograph():
-    """Two orange balls on a green ground, and the mask of each."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    discs = [(x - cx) ** 2 + (y - cy) ** 2 < RADIUS**2 for cx, cy in CENTRES]
-    colour = np.where((discs[0] | discs[1])[..., None], (230, 120, 30), (60, 130, 50)) + rng.normal(
-        0, 25, (HEIGHT, WIDTH, 3)
-    )
-    image = Image.fromarray(np.clip(colour, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1))
-    return image, discs
+    """An astronaut between a flag and a model of a shuttle, and her outline as drawn by hand."""
+    drawn = Image.new("1", (WIDTH, HEIGHT))
+    ImageDraw.Draw(drawn).polygon(OUTLINE, fill=1)
+    return Image.open(ASTRONAUT), np.asarray(drawn)
 
 
 def iou(mask, truth):
@@ -40,32 +39,37 @@ def iou(mask, truth):
 @pytest.mark.parametrize(
     "marks",
     [
-        Marks(points=[Point(*CENTRES[0])]),
-        Marks(points=[Point(*CENTRES[0])], others=[Point(10, 10), Point(120, 170)]),
-        Marks(box=Frame(30, 50, 110, 130)),
-        Marks(box=Frame(30, 50, 110, 130), points=[Point(*CENTRES[0])]),
+        Marks(points=[Point(150, 330), Point(230, 90), Point(250, 420)], others=[Point(*FLAG), Point(*SHUTTLE)]),
+        Marks(box=Frame(10, 10, 370, 512)),
+        Marks(box=Frame(10, 10, 370, 512), points=[Point(200, 330)]),
     ],
 )
-def test_a_marked_object_is_found_and_the_other_like_it_is_not(predictor, photograph, marks):
-    image, (first, second) = photograph
+def test_a_marked_object_is_found_and_what_is_beside_it_is_not(predictor, photograph, marks):
+    image, truth = photograph
     mask = mask_of(predictor, image, marks)
-    assert iou(mask, first) > 0.6 and not (mask & second).any()
+    assert iou(mask, truth) > (0.65 if marks.box else 0.5)
+    assert not mask[FLAG[1], FLAG[0]] and not mask[SHUTTLE[1], SHUTTLE[0]]
 
 
-def test_strokes_over_two_objects_mark_both(predictor, photograph):
-    image, (first, second) = photograph
+def test_a_single_point_marks_at_least_its_surroundings(predictor, photograph):
+    image, truth = photograph
+    mask = mask_of(predictor, image, Marks(points=[Point(150, 330)]))
+    assert mask[330, 150] and (mask & truth).sum() > 0.8 * mask.sum() > 0.2 * truth.sum()
+
+
+def test_strokes_mark_the_object_and_what_is_beside_it(predictor, photograph):
+    image, truth = photograph
     strokes = np.zeros((HEIGHT, WIDTH), np.uint8)
-    for x, y in CENTRES:
-        strokes[y - 3 : y + 3, x - 20 : x + 20] = 1
-    strokes[160:170] = 2
+    strokes[300:500, 170:180] = strokes[60:110, 200:260] = 1
+    strokes[20:200, 380:440] = strokes[60:300, 10:30] = 2
     mask = mask_of(predictor, image, Marks(scribble=strokes))
-    assert iou(mask, first | second) > 0.6 and not mask[160:170].any()
+    assert iou(mask, truth) > 0.65 and mask[strokes == 1].all() and not mask[strokes == 2].any()
 
 
 @pytest.mark.parametrize(
     "marks, said",
     [
-        (Marks(points=[Point(300, 10)]), "expected a place within 240x180"),
+        (Marks(points=[Point(600, 10)]), "expected a place within 512x512"),
         (Marks(box=Frame(100, 10, 90, 50)), "left < right"),
         (Marks(others=[Point(5, 5)]), "expected a mark on the object"),
         (Marks(scribble=np.ones((5, 5), np.uint8)), "expected"),
@@ -78,23 +82,22 @@ def test_marks_that_say_nothing_are_refused(predictor, photograph, marks, said):
 
 
 @pytest.fixture
-def shown(photograph, tmp_path):
-    photograph[0].save(tmp_path / "balls.png")
-    out = tmp_path / "ball.class"
-    return ["--name", "ball", "--support", tmp_path / "balls.png", "--out", out], out
+def shown(tmp_path):
+    out = tmp_path / "person.class"
+    return ["--name", "person", "--support", ASTRONAUT, "--out", out], out
 
 
 def test_a_class_of_marks_is_registered_once_its_masks_are_agreed_with(shown, photograph, predictor):
     line, out = shown
     with pytest.raises(UserError, match="look at the masks"):
-        run("register", *line, "--point", "70,90")
+        run("register", *line, "--point", "200,330")
     assert not out.exists() and out.with_suffix(".jpg").exists()
-    done = run("register", *line, "--point", "70,90", "--other", "5,5", "--yes")
+    done = run("register", *line, "--box", "10,10,370,512", "--yes")
     mask = np.asarray(Image.open(done["masks"][0])) > 0
-    assert iou(mask, photograph[1][0]) > 0.6 and ClassEncoding.load(out).name == "ball"
-    predictor.set_image(photograph[0])
-    masks, _ = predictor.segment([ClassEncoding.load(out)])
-    assert iou(masks[0], photograph[1][0] | photograph[1][1]) > 0.6, "the class is found wherever it is"
+    assert iou(mask, photograph[1]) > 0.65 and ClassEncoding.load(out).name == "person"
+    predictor.set_image(Image.open(ROOT / "examples" / "camera.jpg"))
+    (man,), _ = predictor.segment([ClassEncoding.load(out)])
+    assert man[250, 100] and man[120, 200] and not man[400, 450] and not man[50, 400], "another person, and no more"
 
 
 def test_the_answer_to_the_question_decides(shown, monkeypatch):
@@ -112,9 +115,9 @@ def test_the_answer_to_the_question_decides(shown, monkeypatch):
 
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     with pytest.raises(UserError, match="not registered"):
-        run("register", *line, "--box", "30,50,110,130")
+        run("register", *line, "--box", "10,10,370,512")
     monkeypatch.setattr("sys.stdin", Terminal("y\n"))
-    run("register", *line, "--box", "30,50,110,130")
+    run("register", *line, "--box", "10,10,370,512")
     assert out.exists()
 
 
@@ -126,7 +129,7 @@ def test_the_answer_to_the_question_decides(shown, monkeypatch):
         (["--box", "1,2,3"], "expected LEFT,TOP"),
         (["--box", "1,2,30,40", "1,2,30,50"], "expected one box"),
         (["--other", "5,5"], "expected a --point"),
-        (["--point", "70,90", "--mask", "x.png"], "masks or marks"),
+        (["--point", "200,330", "--mask", "x.png"], "masks or marks"),
         (["--scribble", "a.png", "b.png"], "one for each of the 1"),
     ],
 )
