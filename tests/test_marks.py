@@ -40,8 +40,8 @@ def iou(mask, truth):
     "marks",
     [
         Marks(points=[Point(150, 330), Point(230, 90), Point(250, 420)], others=[Point(*FLAG), Point(*SHUTTLE)]),
-        Marks(box=Frame(10, 10, 370, 512)),
-        Marks(box=Frame(10, 10, 370, 512), points=[Point(200, 330)]),
+        Marks(box=Frame(10, 10, 420, 512)),
+        Marks(box=Frame(10, 10, 420, 512), points=[Point(200, 330)]),
     ],
 )
 def test_a_marked_object_is_found_and_what_is_beside_it_is_not(predictor, photograph, marks):
@@ -92,7 +92,7 @@ def test_a_class_of_marks_is_registered_once_its_masks_are_agreed_with(shown, ph
     with pytest.raises(UserError, match="look at the masks"):
         run("register", *line, "--point", "200,330")
     assert not out.exists() and out.with_suffix(".jpg").exists()
-    done = run("register", *line, "--box", "10,10,370,512", "--yes")
+    done = run("register", *line, "--box", "10,10,420,512", "--yes")
     mask = np.asarray(Image.open(done["masks"][0])) > 0
     assert iou(mask, photograph[1]) > 0.65 and ClassEncoding.load(out).name == "person"
     predictor.set_image(Image.open(ROOT / "examples" / "camera.jpg"))
@@ -115,9 +115,9 @@ def test_the_answer_to_the_question_decides(shown, monkeypatch):
 
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     with pytest.raises(UserError, match="not registered"):
-        run("register", *line, "--box", "10,10,370,512")
+        run("register", *line, "--box", "10,10,420,512")
     monkeypatch.setattr("sys.stdin", Terminal("y\n"))
-    run("register", *line, "--box", "10,10,370,512")
+    run("register", *line, "--box", "10,10,420,512")
     assert out.exists()
 
 
