@@ -139,6 +139,7 @@ def test_only_shards_without_a_marker_are_written_again_and_equal_the_first(anno
     assert contents(out) == before and (out / "part-000000.parquet").stat().st_mtime_ns == kept
 
 
+@pytest.mark.slow
 def test_features_that_are_kept_give_the_same_masks_and_are_computed_once(annotated, setup, tmp_path, capsys):
     stored = [*setup, "--keep-features", "--store", tmp_path / "stores"]
     run("annotate", *stored, "--to", tmp_path / "first")
@@ -151,10 +152,14 @@ def test_features_that_are_kept_give_the_same_masks_and_are_computed_once(annota
     assert len(rows_of(tmp_path / "second")) >= len(rows_of(tmp_path / "first"))
 
 
-def test_a_trial_annotates_a_few_and_says_what_all_take(setup, tmp_path, capsys):
-    result = run("annotate", *setup, "--to", tmp_path / "out", "--trial", 5, "--price", 2)
-    assert result["shards"] == "1 of 3" and result["photographs"] == SHARD
-    assert "19 take" in (told := capsys.readouterr().err) and "at 2 an hour" in told
+def test_a_trial_annotates_a_few_of_a_list_and_says_what_all_take(setup, photos, tmp_path, capsys):
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{photos}/day0/00.png\n\n{photos}/day1/01.png\n{photos}/day0/02.png\n")
+    line = ["--images", listed, "--shard-images", 2, "--trial", 1, "--price", 2]
+    result = run("annotate", *setup, *line, "--to", tmp_path / "out")
+    assert result["shards"] == "1 of 2" and result["photographs"] == 2
+    assert "3 take" in (told := capsys.readouterr().err) and "at 2 an hour" in told
+    assert [row["image_id"] for row in rows_of(tmp_path / "out")][::2] == listed.read_text().split()[:2]
 
 
 @pytest.mark.parametrize(
@@ -165,20 +170,13 @@ def test_a_trial_annotates_a_few_and_says_what_all_take(setup, tmp_path, capsys)
         (["--images", "nowhere.txt"], "found no file"),
         (["--images", "nowhere"], "expected photographs, found none"),
         (["--class", "nowhere.class"], "or a class file"),
-        (["--max-bad-share", 0], "cannot be read, more than --max-bad-share"),
+        pytest.param(["--max-bad-share", 0], "more than --max-bad-share", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_annotated_is_refused_in_one_line(annotated, setup, tmp_path, change, said):
     out = tmp_path / "new" if "--max-bad-share" in change else annotated[0]
     with pytest.raises(UserError, match=said):
         run("annotate", *setup, "--to", out, *change)
-
-
-def test_a_list_names_photographs_by_their_paths(setup, photos, tmp_path):
-    listed = tmp_path / "list.txt"
-    listed.write_text(f"{photos}/day0/00.png\n\n{photos}/day1/01.png\n")
-    run("annotate", *setup, "--images", listed, "--to", tmp_path / "out")
-    assert [row["image_id"] for row in rows_of(tmp_path / "out")][::2] == listed.read_text().split()
 
 
 @pytest.mark.slow
