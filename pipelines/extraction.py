@@ -17,9 +17,10 @@ from typing import Any
 from tqdm import tqdm
 
 from feature_store import Fingerprint, Row, ShardWriter, StoreError, create, extend
-from feature_store.layout import num_shards, shard_rows
+from feature_store.layout import ARRAY, num_shards, shard_rows
 from feature_store.lock import locked
 from feature_store.schema import text
+from feature_store.storage import open_folder
 from feature_store.urls import redacted, redacted_text
 from fsdino.data.dataset import Dataset, Split
 from fsdino.data.photographs import same_file
@@ -128,6 +129,9 @@ def extract(
     ClusterFault.
     """
     started = time.perf_counter()
+    needs = needed(network, read, targets)
+    if not all(begun(target.url) for target in targets):  # else it may be that nothing is left to do
+        cluster.prepare(*demands(settings), needs)
     writers = {target.url: create(target.url, target.fingerprint, target.rows, grown=True) for target in targets}
     wanted = list({row[:2]: row for target in targets for row in target.rows}.values())
     stamps = {row[:2]: stamp for row, stamp in zip(wanted, read.stamps(wanted), strict=True)}
@@ -148,6 +152,7 @@ def extract(
         print(f"nothing to do: {', '.join(writers)}", file=sys.stderr)
         tell_changed(changed)
         return {**done, "computed": 0, "bytes": 0, "quarantined": len(bad), "changed": len(changed), "seconds": 0.0}
+    cluster.prepare(*demands(settings), needs)
     with ExitStack() as stack:
         locks = [stack.enter_context(locked(writers[url].folder)) for url in sorted(writers)]
         # Once more, as another job may have been there until the locks were ours.
@@ -161,7 +166,7 @@ def extract(
         about = About("extract", dataset, name, params, inputs)
         with tracking.running(tracking_uri, about, outbox=Outbox(targets[0].url)) as run:
             if any(writers[t.url].lacks(t.rows) for t in targets):
-                connect(settings, list(writers))  # before a store that is whole is opened again
+                cluster.connect(*demands(settings))  # before a store that is whole is opened again
             writers = {t.url: extend(writers[t.url], t.rows) for t in targets}
             listed = {text(row.sample_id) for target in targets for row in target.rows}
             images = len({row.source for target in targets for row in target.rows})
@@ -282,7 +287,7 @@ def run_units(
 
     Raises a task's or an actor's error, and ClusterFault if Ray itself breaks down; finished shards stay.
     """
-    connect(settings, list(builds))
+    cluster.connect(*demands(settings))
     import ray.data
     from ray.data import ActorPoolStrategy
 
@@ -306,18 +311,26 @@ def run_units(
             yield row["outcome"].get()
 
 
-def connect(settings: Extraction, urls: Sequence[str]) -> None:
-    """Join a cluster that has what the job wants and sees its stores. Raises UserError and ClusterFault."""
-    wanted = {
+def demands(settings: Extraction) -> tuple[dict[str, float], str, str]:
+    """What a job asks of a cluster, what that is for, and what to do where there is less."""
+    amounts = {
         "CPU": settings.actors * settings.actor_cpus + settings.decode_cpus,
         "GPU": settings.actors * settings.actor_gpus,
     }
-    cluster.connect(
-        wanted,
-        f"{settings.actors} actors and a decoding task",
-        "lower --actors, --actor-cpus, --actor-gpus or --decode-cpus",
+    cure = "lower --actors, --actor-cpus, --actor-gpus or --decode-cpus"
+    return amounts, f"{settings.actors} actors and a decoding task", cure
+
+
+def needed(network: NetworkPlan, read: Read, targets: Sequence[Target]) -> cluster.Needs:
+    """What the job needs on every node."""
+    return cluster.Needs(
+        written=tuple(target.url for target in targets), read=(read.place(targets[0].rows),), weights=network.weights
     )
-    cluster.check_shared(urls)
+
+
+def begun(url: str) -> bool:
+    """Whether a store is there, finished or not."""
+    return ARRAY in open_folder(url).names("")
 
 
 class Progress:

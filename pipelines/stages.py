@@ -76,6 +76,10 @@ class Read(Protocol):
         """Whether a row that was quarantined can be read by now."""
         ...
 
+    def place(self, rows: Sequence[Row]) -> str:
+        """A path or URL that tells whether a node can read the rows."""
+        ...
+
     def stamps(self, rows: Sequence[Row]) -> list[str]:
         """What tells of each row whether its source has changed since."""
         ...
@@ -136,6 +140,10 @@ class Decode:
             return False
         return True
 
+    def place(self, rows: Sequence[Row]) -> str:
+        """See Read. The first photograph."""
+        return rows[0].source
+
     def stamps(self, rows: Sequence[Row]) -> list[str]:
         """See Read."""
         found = file_stamps(list(dict.fromkeys(row.source for row in rows)))
@@ -166,6 +174,10 @@ class ReadStored:
     def readable(self, row: Row) -> bool:
         """See Read."""
         return row[:2] not in _opened(self.url, self.fingerprint).quarantined
+
+    def place(self, rows: Sequence[Row]) -> str:
+        """See Read. The store."""
+        return self.url
 
     def stamps(self, rows: Sequence[Row]) -> list[str]:
         """See Read. The same as the store's: what changes there has to be computed again here."""

@@ -27,7 +27,7 @@ from feature_store.storage import open_folder
 from feature_store.urls import absolute, filesystem, local_path
 from fsdino import paper
 from fsdino.errors import Fault, first_line
-from pipelines import cluster, heap, stopping, tracking
+from pipelines import cluster, heap, preflight, stopping, tracking
 from pipelines.outbox import Outbox
 from pipelines.outcome import EXPECTED, ClusterFault, Outcome
 from pipelines.progress import Progress, shown
@@ -97,8 +97,7 @@ def train(
     """
     each = _of_worker(workers, device)
     what = f"{workers.workers} workers of {' and '.join(f'{amount:g} {kind}' for kind, amount in each.items())}"
-    cluster.connect(resources(workers, device), what, fewer(device))
-    cluster.check_shared([run_folder.url])
+    cluster.connect(resources(workers, device), what, fewer(device), needed(run_folder, places))
     with locked(open_folder(run_folder.url)) as lock:
         begun = run_folder.begun()
         run_id = begun["run_id"] if begun else None
@@ -130,6 +129,13 @@ def train(
         lock.check()
         run_folder.write(run.run_id, closed=not run.unsent)
     stopping.check()
+
+
+def needed(run_folder: RunFolder, places: Places) -> cluster.Needs:
+    """What a training needs on every node."""
+    written = (run_folder.url, *preflight.databases(places.tracking_uri))
+    stores = tuple(dict.fromkeys(given.place for given in run_folder.inputs))
+    return cluster.Needs(written, (places.data, *stores), tracking_uri=places.tracking_uri)
 
 
 def resources(workers: Workers, device: Device) -> dict[str, float]:
