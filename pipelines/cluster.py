@@ -7,8 +7,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from glob import glob
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+WATCH_SECONDS = 2.0
 LOOK_SECONDS = 120.0  # a loaded machine takes half a minute to start a worker
 
 
@@ -157,6 +158,42 @@ def look_at_nodes(needs: Needs) -> None:
             "`ray status` and at its memory, or take it away, and rerun"
         )
     _looked_at.add(key)
+
+
+@contextmanager
+def watched(lost: Callable[[str], None]) -> Iterator[None]:
+    """Within the block `lost` gets a line for each node of the cluster that dies; it is called from another thread."""
+    import ray
+
+    if not elsewhere():
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        alive: dict[str, Mapping[str, Any]] = {}
+        with suppress(Exception):  # Ray goes down: whoever waits for it hears that
+            while not ended.wait(WATCH_SECONDS):
+                nodes = ray.nodes()
+                for node in nodes:
+                    if not node["Alive"] and node["NodeID"] in alive:
+                        lost(loss_of(alive.pop(node["NodeID"]), node.get("DeathReasonMessage") or "no reason given"))
+                alive |= {node["NodeID"]: node for node in nodes if node["Alive"]}
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def loss_of(node: Mapping[str, Any], reason: str) -> str:
+    """A line on a node that died."""
+    had = [f"{node['Resources'][kind]:g} {kind}" for kind in ("CPU", "GPU") if node["Resources"].get(kind)]
+    why = " ".join(reason.split())[:160].strip()
+    return f"{time.strftime('%H:%M:%S')} node {name_of(node)} with {' and '.join(had) or 'no work'} lost ({why})"
 
 
 def name_of(node: Mapping[str, Any]) -> str:

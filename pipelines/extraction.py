@@ -26,7 +26,7 @@ from fsdino.data.dataset import Dataset, Split
 from fsdino.data.photographs import same_file
 from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
-from pipelines import checkpoints, cluster, datasets
+from pipelines import checkpoints, cluster, datasets, ray_messages
 from pipelines.networks import NetworkPlan
 from pipelines.outbox import Outbox
 from pipelines.recipes import Extraction, Photographs, Places
@@ -191,9 +191,12 @@ def extract(
             check_bad(bad, listed, images, settings)
             builds = {url: writer.build_id for url, writer in writers.items()}
             written, notes, told = 0, [], (time.perf_counter(), 0)
-            with closing(Progress(computed, settings)) as progress:
+            with closing(Progress(computed, settings)) as progress, cluster.watched(progress.lose):
                 for unit in run_units(network, read, builds, items, settings) if items else ():
                     progress.add(unit.images)
+                    if progress.lost:
+                        run.log(progress.bar.n, lost_nodes=len(progress.lost))
+                        run.file("\n".join(progress.lost).encode(), "lost.txt")
                     written += unit.bytes
                     bad |= unit.bad
                     notes += unit.notes
@@ -292,6 +295,7 @@ def run_units(
     from ray.data import ActorPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray_messages.divert_loggers()
     ray.data.DataContext.get_current().enable_progress_bars = False
     data = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
     # Tasks and actors ask for different amounts, else Ray Data would run the former inside the latter.
@@ -337,12 +341,26 @@ class Progress:
     """A progress bar, and once each actor has finished a shard, a line with the time that is left."""
 
     def __init__(self, images: int, settings: Extraction):
-        self.bar = tqdm(total=images, unit="img", desc="extracting", mininterval=1, file=sys.stderr)
+        starting = f"starting {settings.actors} actor{'s' if settings.actors > 1 else ''} (loading torch)"
+        self.bar = tqdm(total=images, unit="img", desc=starting, mininterval=1, file=sys.stderr)
         self.actors, self.units = settings.actors, 0
         self.first = (0.0, 0)
+        self.lost: list[str] = []
+        """Nodes of the cluster that died meanwhile."""
+
+    def lose(self, line: str) -> None:
+        """Say what the cluster lost, and from where the job goes on."""
+        self.lost.append(line)
+        done = f"{self.bar.n} of {self.bar.total} images are written"
+        self.bar.write(
+            f"note: {line}; {done}, what that node was at is computed again on others, as often as need be",
+            file=sys.stderr,
+        )
 
     def add(self, images: int) -> None:
         """A unit of that many images is written."""
+        if self.units == 0:
+            self.bar.set_description("extracting", refresh=False)
         self.bar.update(images)
         self.units += 1
         now = time.monotonic()
