@@ -25,7 +25,7 @@ write_env() {
 export AWS_ENDPOINT_URL=http://$here:$s3 AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local-secret AWS_DEFAULT_REGION=us-east-1
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token RAY_USAGE_STATS_ENABLED=0
 export RAY_ADDRESS=$here:$ray RAY_API_SERVER_ADDRESS=http://$here:$dashboard
-export MLFLOW_SERVER=http://$here:$mlflow
+export MLFLOW_SERVER=http://$here:$mlflow PATH=$bin:\$PATH
 EOF
 }
 
