@@ -5,22 +5,21 @@ set -eu
 case "$1" in
     environment)
         python3 -m venv "$VIRTUAL_ENV"
-        "$VIRTUAL_ENV/bin/pip" install --no-cache-dir --quiet --disable-pip-version-check uv
+        "$VIRTUAL_ENV/bin/pip" install --quiet --disable-pip-version-check uv
         ;;
     packages)
-        # What the project needs, without the project.
-        "$VIRTUAL_ENV/bin/uv" pip compile --quiet --no-header --no-annotate --no-emit-index-url --extra offline \
-            --constraint constraints.txt pyproject.toml -o /tmp/requirements.txt
-        if [ "${TORCH:-cuda}" = cpu ]; then
-            # The publisher's own index has wheels without CUDA; the pinned versions stay.
-            "$VIRTUAL_ENV/bin/uv" pip install --no-cache --torch-backend cpu --requirement /tmp/requirements.txt
-        else
-            "$VIRTUAL_ENV/bin/uv" pip install --no-cache --requirement /tmp/requirements.txt
-        fi
-        rm /tmp/requirements.txt
+        # What the project needs, without the project. For TORCH=cpu from torch's own index of wheels without CUDA, in the
+        # pinned versions.
+        backend=""
+        [ "${TORCH:-cuda}" = cuda ] || backend="--torch-backend=$TORCH"
+        # shellcheck disable=SC2086
+        "$VIRTUAL_ENV/bin/uv" pip compile --quiet --no-header --no-annotate --no-emit-index-url --extra offline $backend \
+            --constraint constraints.txt pyproject.toml -o "$VIRTUAL_ENV/requirements.txt"
+        # shellcheck disable=SC2086
+        "$VIRTUAL_ENV/bin/uv" pip install $backend --requirement "$VIRTUAL_ENV/requirements.txt"
         ;;
     code)
-        "$VIRTUAL_ENV/bin/uv" pip install --no-cache --no-deps --editable .
+        "$VIRTUAL_ENV/bin/uv" pip install --no-deps --editable .
         ;;
     run)
         shift

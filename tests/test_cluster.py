@@ -261,3 +261,41 @@ def test_what_actors_do_is_exported_to_prometheus(stack):
         time.sleep(1)
     assert done_of(process).returncode == 0
     assert {"ray_fsdino_images_total", "ray_fsdino_bytes_total"} <= seen
+
+
+FAKE = {
+    "scontrol": "#!/bin/sh\nprintf 'node-a\\nnode-b\\n'\n",
+    # Both nodes are this machine, on which the second node's agent needs a port of its own.
+    "srun": """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do shift; done
+case "$*" in *--address=*) set -- "$@" --dashboard-agent-listen-port=PORT ;; esac
+exec "$@"
+""",
+}
+
+
+def test_the_slurm_script_starts_two_nodes_and_runs_the_command_on_them(shapes_root, tmp_path):
+    stop_ray()
+    for name, text in FAKE.items():
+        (tmp_path / name).write_text(text.replace("PORT", str(free_port())))
+        (tmp_path / name).chmod(0o755)
+    places = ["--recipe", "tiny", "--data", shapes_root, "--store", tmp_path / "s", "--actors", 2]
+    places += ["--tracking-uri", f"sqlite:///{tmp_path}/m.db"]
+    line = ["bash", ROOT / "infra" / "slurm" / "ray.sbatch", "python", "-m", "pipelines.extract_features", *places]
+    slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "2"}
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))} | slurm
+    environ |= {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "t")}
+    (tmp_path / "t").mkdir()
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        job = subprocess.Popen(
+            list(map(str, line)), cwd=ROOT, env=environ, stdout=out, stderr=err, start_new_session=True
+        )
+    try:
+        while job.poll() is None:
+            nodes = list((tmp_path / "t").glob("ray-4711/session_*/logs/raylet.*out"))
+            time.sleep(0.5)
+    finally:
+        subprocess.run(["pkill", "-KILL", "--session", str(job.pid)])
+    assert job.returncode == 0, (tmp_path / "err").read_text()[-3000:]
+    assert len(nodes) == 2, nodes
+    assert json.loads((tmp_path / "out").read_text().splitlines()[-1])["computed"] > 0
