@@ -25,6 +25,9 @@ write_env() {
 export AWS_ENDPOINT_URL=http://$here:$s3 AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local-secret AWS_DEFAULT_REGION=us-east-1
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token RAY_USAGE_STATS_ENABLED=0
 export RAY_ADDRESS=$here:$ray RAY_API_SERVER_ADDRESS=http://$here:$dashboard
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false # it would start seven processes
+# A killed node is noticed within seconds, not half a minute.
+export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=5000 RAY_health_check_failure_threshold=3
 export MLFLOW_SERVER=http://$here:$mlflow PATH=$bin:\$PATH
 EOF
 }

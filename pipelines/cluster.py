@@ -118,7 +118,7 @@ def _check_listens(address: str) -> None:
     """Raise Fault if nothing is there: Ray itself would try for two minutes."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except ValueError:
         raise UserError(f"RAY_ADDRESS {address}: expected HOST:PORT of the head, or auto") from None
     except OSError as error:

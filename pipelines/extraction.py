@@ -310,6 +310,7 @@ def run_units(
         num_gpus=settings.actor_gpus,
         fn_constructor_args=(network, builds, settings),
     )
+    finished.set_name("extract " + " ".join(url.rsplit("/", 1)[-1] for url in builds))
     with cluster.faults():
         for row in finished.iter_rows():
             yield row["outcome"].get()

@@ -4,6 +4,7 @@ submitted, nodes that are killed, and results that are those of one machine."""
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tests.test_kills import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LOCAL = str(ROOT / "infra" / "local.sh")
-VIEWS = 12
+VIEWS = 40
 
 
 def local(*words):
@@ -282,20 +283,21 @@ def test_the_slurm_script_starts_two_nodes_and_runs_the_command_on_them(shapes_r
     places = ["--recipe", "tiny", "--data", shapes_root, "--store", tmp_path / "s", "--actors", 2]
     places += ["--tracking-uri", f"sqlite:///{tmp_path}/m.db"]
     line = ["bash", ROOT / "infra" / "slurm" / "ray.sbatch", "python", "-m", "pipelines.extract_features", *places]
-    slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "2"}
+    slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "2"}
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))} | slurm
-    environ |= {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "TMPDIR": str(tmp_path / "t")}
-    (tmp_path / "t").mkdir()
+    environ |= {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    logs = Path(f"/tmp/ray-{os.getpid()}")
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
         job = subprocess.Popen(
             list(map(str, line)), cwd=ROOT, env=environ, stdout=out, stderr=err, start_new_session=True
         )
     try:
         while job.poll() is None:
-            nodes = list((tmp_path / "t").glob("ray-4711/session_*/logs/raylet.*out"))
+            nodes = list(logs.glob("session_*/logs/raylet*.out"))
             time.sleep(0.5)
     finally:
         subprocess.run(["pkill", "-KILL", "--session", str(job.pid)])
+        shutil.rmtree(logs, ignore_errors=True)
     assert job.returncode == 0, (tmp_path / "err").read_text()[-3000:]
     assert len(nodes) == 2, nodes
     assert json.loads((tmp_path / "out").read_text().splitlines()[-1])["computed"] > 0
