@@ -66,7 +66,8 @@ await() {
 node() {
     if [ "$1" = 1 ]; then
         start node1 "$bin/ray" start --head --block --port="$ray" --num-cpus="${HEAD_CPUS:-2}" \
-            --include-dashboard=true --dashboard-host="$here" --dashboard-port="$dashboard" --disable-usage-stats
+            --include-dashboard=true --dashboard-host="$here" --dashboard-port="$dashboard" --disable-usage-stats \
+            --temp-dir="/tmp/fsdino-$ray" # short, as the sockets in it have at most 107 letters, and no other Ray's
         await node1 "$ray"
         await node1 "$dashboard"
     else
@@ -112,7 +113,7 @@ down() {
     for file in "$state"/*.pid; do
         [ -e "$file" ] && end "$(basename "$file" .pid)" KILL
     done
-    rm -f "$state/token" "$state/mlflow.db"
+    rm -rf "$state/token" "$state/mlflow.db" "/tmp/fsdino-$ray"
 }
 
 case "${1:-}" in

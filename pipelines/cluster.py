@@ -95,8 +95,9 @@ def _join() -> None:
         )
     if address not in ("", "auto", "local"):
         _check_listens(address)
-    # A page for a Ray that lives as long as this process takes a second process's gigabyte, and half of the start.
-    local: dict[str, Any] = {} if elsewhere() else {"include_dashboard": False}
+    # Without `local` it would join whatever cluster was last started on this machine. A page for a Ray that lives as
+    # long as this process takes a gigabyte.
+    local: dict[str, Any] = {} if elsewhere() else {"address": "local", "include_dashboard": False}
     at = f"RAY_ADDRESS {address}"
     token = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the head's token"
     try:

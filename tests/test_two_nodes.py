@@ -45,6 +45,7 @@ def two_nodes(first: str = "true", **changed: str):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     try:
         head = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+        head += [f"--temp-dir=/tmp/fsdino-{port}"]  # no other Ray's, which would be joined unasked
         started.append(subprocess.Popen(head, env=environ, **quiet))
         joining = f"--address=127.0.0.1:{port} --num-cpus=2 --dashboard-agent-listen-port={free_port()}"
         join = f"{first} && exec {RAY} start --block {joining}"
@@ -55,6 +56,7 @@ def two_nodes(first: str = "true", **changed: str):
             yield
     finally:
         end(started)
+        shutil.rmtree(f"/tmp/fsdino-{port}", ignore_errors=True)
 
 
 def wait_for_nodes(wanted):
