@@ -75,8 +75,8 @@ def refused(name, *line):
     words = [sys.executable, "-m", f"pipelines.{name}", *map(str, line)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-3000:]
-    (error,) = [text for text in done.stderr.splitlines() if text.strip()]
-    assert error.startswith("error: node ")
+    *others, error = [text for text in done.stderr.splitlines() if text.strip()]
+    assert error.startswith("error: node ") and all(text.startswith("also: node ") for text in others), done.stderr
     return error
 
 
