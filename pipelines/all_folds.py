@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import ray
-
 from fsdino.errors import first_line
 from pipelines import (
     checkpoints,
@@ -35,7 +33,8 @@ def train(settings: train_episodic.Settings, folds: range) -> dict[str, Any]:
     if not records or None in records.values():
         need = training.resources(settings.workers, settings.device)
         cluster.connect(need, "a fold", training.fewer(settings.device))
-        at_once = int(min(ray.cluster_resources()[kind] // amount for kind, amount in need.items()))
+        there = cluster.obtainable()
+        at_once = int(min(len(folds), *(there.get(kind, 0) // amount for kind, amount in need.items())))
         about = replace(above.about, tags={tracking.SUMMARY: "folds"})
         with (
             tracking.running(uri, about, begun["run_id"] if begun else None, above.outbox) as run,

@@ -109,6 +109,10 @@ def job(settings: Settings) -> dict[str, Any]:
             f"{len(wanted)} classes",
             file=sys.stderr,
         )
+        needs = cluster.Needs(
+            (settings.to,), (rows[0].source,), ((record["backbone"]["encoder"], settings.encoder_weights),)
+        )
+        cluster.prepare(*extraction.demands(settings.cluster), needs)
         with locked(folder) as lock:
             _check_identity(folder, identity, create=True)
             _annotate(settings, record, wanted, rows, missing, lock)
@@ -233,6 +237,7 @@ def _annotate(
     with (
         tracking.running(settings.tracking_uri, about, outbox=Outbox(settings.to)) as run,
         closing(extraction.Progress(total, of, "annotating")) as progress,
+        cluster.watched(progress.lose),
     ):
         started = time.perf_counter()
         for shard in _run(annotation, backbone.res, rows, missing, of):
@@ -273,8 +278,7 @@ def _run(
     annotation: "AnnotationJob", res_px: int, rows: Sequence[Row], missing: Sequence[int], of: Extraction
 ) -> "Iterator[Annotated]":
     """The Ray Data job: each shard as it is written. Raises a task's or an actor's error, and ClusterFault."""
-    opened = [store.url for store in annotation.stores or ()]
-    extraction.connect(of, [annotation.out, *opened])
+    cluster.connect(*extraction.demands(of))
     import ray.data
     from ray.data import ActorPoolStrategy
 

@@ -15,7 +15,7 @@ import tyro
 from feature_store.errors import StoreError, StoreFault
 from feature_store.urls import redacted_text
 from fsdino.errors import DataWarning, Fault, UserError, first_line
-from pipelines import stopping
+from pipelines import ray_messages, stopping
 from pipelines.checks import checked
 from pipelines.recipes import RECIPES
 
@@ -45,8 +45,21 @@ def main(
     in one line on stderr; 130 and 143 stopped by Ctrl-C or SIGTERM; a fault of our own code comes with its traceback.
     Credentials in URLs are printed nowhere.
     """
+    ray_messages.keep_terminal()
     warnings.showwarning = _note
     warnings.simplefilter("always", DataWarning)
+    try:
+        _main(settings_type, job, argv, failed)
+    finally:
+        ray_messages.end()
+
+
+def _main(
+    settings_type: type[S],
+    job: Callable[[S], dict[str, Any]],
+    argv: list[str] | None,
+    failed: Callable[[dict[str, Any]], bool],
+) -> None:
     try:
         with stopping.raised_on_terminate():
             result = call(settings_type, job, sys.argv[1:] if argv is None else argv)

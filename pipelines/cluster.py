@@ -3,53 +3,206 @@
 import logging
 import os
 import signal
+import socket
+import sys
 import threading
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from glob import glob
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from feature_store.urls import local_path
-from fsdino.errors import UserError
+from fsdino.errors import Fault, UserError, first_line
+from pipelines import preflight, ray_messages
 from pipelines.outcome import ClusterFault
+from pipelines.preflight import Needs
 from pipelines.recipes import Device
 
 if TYPE_CHECKING:
     import torch
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+WATCH_SECONDS = 2.0
+LOOK_SECONDS = 120.0  # a loaded machine takes half a minute to start a worker
 
-def connect(wanted: Mapping[str, float], job: str, cure: str) -> None:
+
+def elsewhere() -> bool:
+    """Whether jobs run on a cluster that somebody started, rather than on a Ray of this process's own."""
+    return "RAY_ADDRESS" in os.environ
+
+
+def prepare(wanted: Mapping[str, float], job: str, cure: str, needs: Needs | None = None) -> None:
+    """Before a job plans anything: join the cluster and look at its nodes; on this machine alone only count cores and
+    GPUs, as Ray starts when there is work. Raises as `connect`."""
+    if elsewhere():
+        connect(wanted, job, cure, needs)
+    else:
+        _check_amounts(wanted, {"CPU": len(os.sched_getaffinity(0)), "GPU": len(glob("/dev/nvidia[0-9]*"))}, job, cure)
+
+
+def connect(wanted: Mapping[str, float], job: str, cure: str, needs: Needs | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a local Ray for this process.
 
-    Raises UserError if it can never give a job all that it wants, for which Ray would wait for ever; on this machine
-    alone before Ray is started. Raises ClusterFault.
+    Raises UserError if it can never give a job all that it wants, for which Ray would wait for ever, nor bring the
+    nodes that would; on this machine alone before Ray is started. Raises UserError as well if a node of a cluster lacks
+    what the job needs there. Raises ClusterFault.
     """
     import ray
 
-    def check(available: Mapping[str, float]) -> None:
-        for kind, amount in wanted.items():
-            if amount > available.get(kind, 0):
-                raise UserError(
-                    f"{job}: expected a cluster with {amount:g} {kind}, got {available.get(kind, 0):g}; {cure}"
-                )
-
     if not ray.is_initialized():
-        if "RAY_ADDRESS" not in os.environ:
-            check({"CPU": len(os.sched_getaffinity(0)), "GPU": len(glob("/dev/nvidia[0-9]*"))})
+        if not elsewhere():
+            prepare(wanted, job, cure)
+        ray_messages.divert()
         handler = signal.getsignal(signal.SIGTERM)
-        try:
-            address = os.environ.get("RAY_ADDRESS", "local")  # with none, Ray would join any cluster that it finds here
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
-            raise ClusterFault(error) from error
+        _join()
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's would end with its number for an exit code
+        ray_messages.divert_loggers()
     with faults():
-        check(ray.cluster_resources())
+        _check_amounts(wanted, obtainable(), job, cure)
+        if elsewhere() and needs is not None:
+            look_at_nodes(needs)
+
+
+def _check_amounts(wanted: Mapping[str, float], there: Mapping[str, float], job: str, cure: str) -> None:
+    for kind, amount in wanted.items():
+        if amount > there.get(kind, 0):
+            raise UserError(f"{job}: expected a cluster with {amount:g} {kind}, got {there.get(kind, 0):g}; {cure}")
+
+
+def obtainable() -> dict[str, float]:
+    """What a cluster has, or its autoscaler may bring: the larger of both, of each resource."""
+    import ray
+    from ray._private.state import state  # Ray's own libraries ask there too; it has no public name
+
+    there = dict(ray.cluster_resources())
+    for kind, amount in (state.get_max_resources_from_cluster_config() or {}).items():
+        there[kind] = max(there.get(kind, 0), amount)
+    return there
+
+
+def _join() -> None:
+    """ray.init, its errors in one line."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS {address}: expected HOST:PORT of the head, or auto; to run a command through the dashboard, "
+            "put it behind `ray job submit --address http://HOST:8265 --`"
+        )
+    if address not in ("", "auto", "local"):
+        _check_listens(address)
+    # Without `local` it would join whatever cluster was last started on this machine. A page for a Ray that lives as
+    # long as this process takes a gigabyte.
+    local: dict[str, Any] = {} if elsewhere() else {"address": "local", "include_dashboard": False}
+    at = f"RAY_ADDRESS {address}"
+    token = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the head's token"
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    except AuthenticationError as error:
+        raise UserError(f"{at}: the cluster wants a token ({first_line(error)[:80]}); {token}") from None
+    except Exception as error:  # it raises whatever it meets: RuntimeError, ConnectionError, Exception
+        if elsewhere() and ray_messages.said("InvalidAuthToken"):
+            raise UserError(f"{at}: the cluster refuses this token, or none; {token}") from None
+        if "Version mismatch" in str(error):
+            told = " ".join(str(error).split())
+            raise UserError(f"{at}: {told}; run the command in the image or environment of the nodes") from None
+        if elsewhere() and "Failed to connect to Ray cluster" in str(error):
+            raise UserError(f"{at}: what listens there refuses us or is no Ray; {token}") from None
+        raise ClusterFault(error) from error
+
+
+def _check_listens(address: str) -> None:
+    """Raise Fault if nothing is there: Ray itself would try for two minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except ValueError:
+        raise UserError(f"RAY_ADDRESS {address}: expected HOST:PORT of the head, or auto") from None
+    except OSError as error:
+        raise Fault(
+            f"RAY_ADDRESS {address}: no Ray listens there ({error}); start the cluster (docs/cluster.md) or correct "
+            "the address, and rerun"
+        ) from None
+
+
+def look_at_nodes(needs: Needs) -> None:
+    """Raise UserError if a living node lacks what a job needs; further lines about it go to stderr. Once for each job
+    and need."""
+    import ray
+
+    key = (ray.get_runtime_context().get_job_id(), needs)
+    if key in _looked_at:
+        return
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    look, asked_at = preflight.facts(), time.time()
+    task = ray.remote(num_cpus=0, max_retries=1)(look)
+    nothing = asdict(Needs()) | {"probes": {}, "sizes": {}}
+    with preflight.probes(needs) as probes:
+        question = preflight.question(needs, probes)
+        asked = {task.options(scheduling_strategy=on(node["NodeID"])).remote(question): node for node in nodes}
+        expected = look(nothing)
+        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_SECONDS)
+        lines: list[str] = []
+        for answer in answered:
+            lines += preflight.problems(name_of(asked[answer]), expected, ray.get(answer), asked_at)
+    for line in lines[1:]:
+        print(f"also: {line}", file=sys.stderr)
+    if lines:
+        raise UserError(lines[0])
+    if silent:
+        raise Fault(
+            f"node {name_of(asked[silent[0]])}: no task started there within {LOOK_SECONDS:.0f} s; look at it with "
+            "`ray status` and at its memory, or take it away, and rerun"
+        )
+    _looked_at.add(key)
+
+
+@contextmanager
+def watched(lost: Callable[[str], None]) -> Iterator[None]:
+    """Within the block `lost` gets a line for each node of the cluster that dies; it is called from another thread."""
+    import ray
+
+    if not elsewhere():
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        alive: dict[str, Mapping[str, Any]] = {}
+        with suppress(Exception):  # Ray goes down: whoever waits for it hears that
+            while not ended.wait(WATCH_SECONDS):
+                nodes = ray.nodes()
+                for node in nodes:
+                    if not node["Alive"] and node["NodeID"] in alive:
+                        lost(loss_of(alive.pop(node["NodeID"]), node.get("DeathReasonMessage") or "no reason given"))
+                alive |= {node["NodeID"]: node for node in nodes if node["Alive"]}
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def loss_of(node: Mapping[str, Any], reason: str) -> str:
+    """A line on a node that died."""
+    had = [f"{node['Resources'][kind]:g} {kind}" for kind in ("CPU", "GPU") if node["Resources"].get(kind)]
+    why = " ".join(reason.split())[:160].strip()
+    return f"{time.strftime('%H:%M:%S')} node {name_of(node)} with {' and '.join(had) or 'no work'} lost ({why})"
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    """A node as messages call it: its host, and what tells two on one host apart."""
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})"
+
+
+_looked_at: set[tuple[str, Needs]] = set()
 
 
 def on(node: str | None = None) -> "NodeAffinitySchedulingStrategy":
@@ -58,43 +211,6 @@ def on(node: str | None = None) -> "NodeAffinitySchedulingStrategy":
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def check_shared(places: Sequence[str]) -> None:
-    """Raise UserError if a path is not the same folder on every node: what a worker writes would be lost to the others.
-
-    The driver writes a file there, and a task on each other node looks for it.
-    """
-    import ray
-
-    others = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    others.pop(ray.get_runtime_context().get_node_id(), None)
-    look = ray.remote(num_cpus=0)(_sees)
-    for path in filter(None, map(local_path, places)) if others else ():
-        probe = Path(path) / f"probe-{uuid.uuid4().hex}"
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        try:
-            asked = [look.options(scheduling_strategy=on(node)).remote(str(probe)) for node in others]
-            with faults():
-                seen = ray.get(asked)
-        finally:
-            probe.unlink()
-        for host, sees in zip(others.values(), seen, strict=True):
-            if not sees:
-                raise UserError(
-                    f"{path}: this path is not shared by all nodes ({host} does not see it); use s3:// or a shared "
-                    "file system"
-                )
-
-
-def _sees(path: str) -> bool:
-    """Whether a file that another node wrote is here; network file systems may take seconds to show it."""
-    for _ in range(20):
-        if os.path.exists(path):
-            return True
-        time.sleep(0.25)
-    return False
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class DistillationJob:
 def loop(job: DistillationJob, worker: training.Worker) -> None:
     """Train all stages; rank 0 logs and publishes."""
     distiller = Distiller(job, worker)
-    state = training.load_state() or {"stage": 0, "step": 0, "results": [], "adapter": distiller.weights()}
+    state = training.load_state(worker) or {"stage": 0, "step": 0, "results": [], "adapter": distiller.weights()}
     while state["stage"] < len(job.early):
         reached = distiller.stage(state)
         if reached is None:
@@ -98,11 +98,13 @@ class Distiller:
             loss.backward()
             optimiser.step()
             pending.add(done, {"mse": loss.detach()})
+            worker.meter.add(len(x))
             gathers = done % training.GATHER_EVERY == 0
             stop, due = worker.wishes(checkpointed) if gathers else (False, False)
             keeps = (stop or due or done % worker.settings.checkpoint_every == 0) and done < steps
             if gathers or keeps or done % per_epoch == 0:
                 for at, losses in pending.gather():
+                    worker.meter.tell(**losses)
                     self.log(at, steps, res, **losses, lr=rate * training.poly(at - 1, steps))
             if done % per_epoch == 0:
                 # Rank 0 decides for all: a difference in rounding must not let ranks continue from different weights.

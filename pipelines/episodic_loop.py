@@ -119,7 +119,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
 
     first, seconds = 0, 0.0
     best: dict[str, Any] = {"miou": -1.0, "step": 0, "weights": {}}
-    if (state := training.load_state()) is not None:
+    if (state := training.load_state(worker)) is not None:
         segmenter.load_state_dict(state["segmenter"])
         optimiser.load_state_dict(state["optimiser"])
         if averaged is not None:
@@ -138,6 +138,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         pending.add(done, train_step(model, optimiser, parts, worker, job.episodic.clip))
         if averaged is not None:
             averaged.update_parameters(segmenter)
+        worker.meter.add(job.episodic.batch // worker.world)
         worker.report(f"train {in_words(job.sampler.fold)}", done, steps)
         validates = job.validation is not None and (done % job.episodic.validate_every == 0 or done == steps)
         gathers = done % training.GATHER_EVERY == 0
@@ -145,10 +146,14 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         keeps = (stop or due or done % worker.settings.checkpoint_every == 0) and done < steps
         if validates or keeps or done == steps or gathers:
             for step, losses in pending.gather():
+                worker.meter.tell(**losses)
                 if run:
                     run.log(step, **losses, lr=job.episodic.lr * training.poly(step - 1, steps))
+        if done % FLUSH_EVERY == 0:
+            fed_by = {"waiting_share": feeding.share(), "cache_hit_share": loader.hit_share()}
+            worker.meter.tell(**fed_by)
         if run and done % FLUSH_EVERY == 0:
-            run.log(done, waiting_share=feeding.share())
+            run.log(done, **fed_by)
             run.measure_machine(done)
             run.flush()
         if run and done % max(1, steps // PANELS) == 0:

@@ -17,15 +17,16 @@ from typing import Any
 from tqdm import tqdm
 
 from feature_store import Fingerprint, Row, ShardWriter, StoreError, create, extend
-from feature_store.layout import num_shards, shard_rows
+from feature_store.layout import ARRAY, num_shards, shard_rows
 from feature_store.lock import locked
 from feature_store.schema import text
+from feature_store.storage import open_folder
 from feature_store.urls import redacted, redacted_text
 from fsdino.data.dataset import Dataset, Split
 from fsdino.data.photographs import same_file
 from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
-from pipelines import checkpoints, cluster, datasets
+from pipelines import checkpoints, cluster, datasets, ray_messages
 from pipelines.networks import NetworkPlan
 from pipelines.outbox import Outbox
 from pipelines.recipes import Extraction, Photographs, Places
@@ -128,6 +129,9 @@ def extract(
     ClusterFault.
     """
     started = time.perf_counter()
+    needs = needed(network, read, targets)
+    if not all(begun(target.url) for target in targets):  # else it may be that nothing is left to do
+        cluster.prepare(*demands(settings), needs)
     writers = {target.url: create(target.url, target.fingerprint, target.rows, grown=True) for target in targets}
     wanted = list({row[:2]: row for target in targets for row in target.rows}.values())
     stamps = {row[:2]: stamp for row, stamp in zip(wanted, read.stamps(wanted), strict=True)}
@@ -148,6 +152,7 @@ def extract(
         print(f"nothing to do: {', '.join(writers)}", file=sys.stderr)
         tell_changed(changed)
         return {**done, "computed": 0, "bytes": 0, "quarantined": len(bad), "changed": len(changed), "seconds": 0.0}
+    cluster.prepare(*demands(settings), needs)
     with ExitStack() as stack:
         locks = [stack.enter_context(locked(writers[url].folder)) for url in sorted(writers)]
         # Once more, as another job may have been there until the locks were ours.
@@ -161,7 +166,7 @@ def extract(
         about = About("extract", dataset, name, params, inputs)
         with tracking.running(tracking_uri, about, outbox=Outbox(targets[0].url)) as run:
             if any(writers[t.url].lacks(t.rows) for t in targets):
-                connect(settings, list(writers))  # before a store that is whole is opened again
+                cluster.connect(*demands(settings))  # before a store that is whole is opened again
             writers = {t.url: extend(writers[t.url], t.rows) for t in targets}
             listed = {text(row.sample_id) for target in targets for row in target.rows}
             images = len({row.source for target in targets for row in target.rows})
@@ -186,9 +191,12 @@ def extract(
             check_bad(bad, listed, images, settings)
             builds = {url: writer.build_id for url, writer in writers.items()}
             written, notes, told = 0, [], (time.perf_counter(), 0)
-            with closing(Progress(computed, settings)) as progress:
+            with closing(Progress(computed, settings)) as progress, cluster.watched(progress.lose):
                 for unit in run_units(network, read, builds, items, settings) if items else ():
                     progress.add(unit.images)
+                    if progress.lost:
+                        run.log(progress.bar.n, lost_nodes=len(progress.lost))
+                        run.file("\n".join(progress.lost).encode(), "lost.txt")
                     written += unit.bytes
                     bad |= unit.bad
                     notes += unit.notes
@@ -282,11 +290,12 @@ def run_units(
 
     Raises a task's or an actor's error, and ClusterFault if Ray itself breaks down; finished shards stay.
     """
-    connect(settings, list(builds))
+    cluster.connect(*demands(settings))
     import ray.data
     from ray.data import ActorPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray_messages.divert_loggers()
     ray.data.DataContext.get_current().enable_progress_bars = False
     data = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
     # Tasks and actors ask for different amounts, else Ray Data would run the former inside the latter.
@@ -301,35 +310,58 @@ def run_units(
         num_gpus=settings.actor_gpus,
         fn_constructor_args=(network, builds, settings),
     )
+    finished.set_name("extract " + " ".join(url.rsplit("/", 1)[-1] for url in builds))
     with cluster.faults():
         for row in finished.iter_rows():
             yield row["outcome"].get()
 
 
-def connect(settings: Extraction, urls: Sequence[str]) -> None:
-    """Join a cluster that has what the job wants and sees its stores. Raises UserError and ClusterFault."""
-    wanted = {
+def demands(settings: Extraction) -> tuple[dict[str, float], str, str]:
+    """What a job asks of a cluster, what that is for, and what to do where there is less."""
+    amounts = {
         "CPU": settings.actors * settings.actor_cpus + settings.decode_cpus,
         "GPU": settings.actors * settings.actor_gpus,
     }
-    cluster.connect(
-        wanted,
-        f"{settings.actors} actors and a decoding task",
-        "lower --actors, --actor-cpus, --actor-gpus or --decode-cpus",
+    cure = "lower --actors, --actor-cpus, --actor-gpus or --decode-cpus"
+    return amounts, f"{settings.actors} actors and a decoding task", cure
+
+
+def needed(network: NetworkPlan, read: Read, targets: Sequence[Target]) -> cluster.Needs:
+    """What the job needs on every node."""
+    return cluster.Needs(
+        written=tuple(target.url for target in targets), read=(read.place(targets[0].rows),), weights=network.weights
     )
-    cluster.check_shared(urls)
+
+
+def begun(url: str) -> bool:
+    """Whether a store is there, finished or not."""
+    return ARRAY in open_folder(url).names("")
 
 
 class Progress:
     """A progress bar, and once each actor has finished a shard, a line with the time that is left."""
 
     def __init__(self, images: int, settings: Extraction, title: str = "extracting"):
-        self.bar = tqdm(total=images, unit="img", desc=title, mininterval=1, file=sys.stderr)
-        self.actors, self.units = settings.actors, 0
+        starting = f"starting {settings.actors} actor{'s' if settings.actors > 1 else ''} (loading torch)"
+        self.bar = tqdm(total=images, unit="img", desc=starting, mininterval=1, file=sys.stderr)
+        self.title, self.actors, self.units = title, settings.actors, 0
         self.first = (0.0, 0)
+        self.lost: list[str] = []
+        """Nodes of the cluster that died meanwhile."""
+
+    def lose(self, line: str) -> None:
+        """Say what the cluster lost, and from where the job goes on."""
+        self.lost.append(line)
+        done = f"{self.bar.n} of {self.bar.total} images are written"
+        self.bar.write(
+            f"note: {line}; {done}, what that node was at is computed again on others, as often as need be",
+            file=sys.stderr,
+        )
 
     def add(self, images: int) -> None:
         """A unit of that many images is written."""
+        if self.units == 0:
+            self.bar.set_description(self.title, refresh=False)
         self.bar.update(images)
         self.units += 1
         now = time.monotonic()

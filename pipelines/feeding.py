@@ -32,6 +32,8 @@ class Kept(Generic[K]):
 
     def __init__(self, limit_bytes: int, device: torch.device = CPU):
         self.limit_bytes, self.device = limit_bytes, device
+        self.asked, self.found = 0, 0
+        """Keys so far, each once in a request, and those of them that were here."""
         self._slots: dict[K, int] = {}
         self._memory = torch.empty(0)
         self._lock = threading.Lock()
@@ -40,6 +42,7 @@ class Kept(Generic[K]):
         """A new tensor (keys, ...); `read` brings, on the device, those of keys that are not here, each once."""
         wanted = dict.fromkeys(keys)
         missing = {key: at for at, key in enumerate(k for k in wanted if k not in self._slots)}
+        self.asked, self.found = self.asked + len(wanted), self.found + len(wanted) - len(missing)
         if not missing:
             return self._memory.index_select(0, self._places(self._slots[key] for key in keys))
         fresh = read(list(missing))
@@ -88,6 +91,10 @@ class Feed:
         if self._store is not None and found.dtype == torch.int8:
             found = unpacked(found, self._store.fingerprint.channels)
         return found.movedim(-1, 1)
+
+    def hits(self) -> tuple[int, int]:
+        """Samples asked for so far, and those of them that were in this process's memory or on its device."""
+        return self._on_device.asked, self._on_device.found + self._memory.found
 
     def _moved(self, keys: list[tuple[str, int]]) -> Tensor:
         return to_device(self._memory.get(keys, self._read), self.device)

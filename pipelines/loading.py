@@ -51,6 +51,11 @@ class EpisodeLoader:
         self.query = others[0] if others else None
         self._masks: Kept[tuple[str, int, int]] = Kept(int(MASKS_GB * GB), device if device_gb else CPU)
 
+    def hit_share(self) -> float:
+        """Share of the samples asked for so far that did not have to be read."""
+        hits = [feed.hits() for feed in (self.late, self.query) if feed is not None]
+        return sum(found for _, found in hits) / max(1, sum(asked for asked, _ in hits))
+
     def load(self, episodes: Sequence[Episode]) -> EpisodeBatch:
         """The episodes as one batch; all have the same number of shots."""
         ids = [[e.query, *e.supports] for e in episodes]

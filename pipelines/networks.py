@@ -30,6 +30,11 @@ class Network:
 class NetworkPlan(Protocol):
     """A network that is built on arrival."""
 
+    @property
+    def weights(self) -> tuple[tuple[str, str | None], ...]:
+        """Published networks that it needs, and the files named for their weights."""
+        ...
+
     def build(self) -> Network:
         """The network, frozen. Raises UserError if the weights here are others than the driver's."""
         ...
@@ -41,6 +46,11 @@ class EncoderPlan:
 
     backbone: Backbone
     digest: str
+
+    @property
+    def weights(self) -> tuple[tuple[str, str | None], ...]:
+        """See NetworkPlan."""
+        return ((self.backbone.encoder, self.backbone.encoder_weights),)
 
     def build(self) -> Network:
         """See NetworkPlan."""
@@ -63,6 +73,11 @@ class TeacherPlan:
     teaching: Teaching
     digest: str
 
+    @property
+    def weights(self) -> tuple[tuple[str, str | None], ...]:
+        """See NetworkPlan."""
+        return ((self.teaching.teacher, self.teaching.teacher_weights),)
+
     def build(self) -> Network:
         """See NetworkPlan."""
         from fsdino.teacher import build_teacher
@@ -77,6 +92,11 @@ class BakePlan:
     """The frozen adapter, on stored early features."""
 
     adapter: AdapterPlan
+
+    @property
+    def weights(self) -> tuple[tuple[str, str | None], ...]:
+        """See NetworkPlan."""
+        return ()
 
     def build(self) -> Network:
         """See NetworkPlan."""

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from feature_store.errors import StoreError
 from fsdino.errors import Fault, UserError, first_line
+from pipelines import ray_messages
 
 T = TypeVar("T")
 
@@ -17,7 +18,11 @@ class ClusterFault(Fault):
     """Ray failed, not the user and not our code; what was finished is kept."""
 
     def __init__(self, error: BaseException):
-        super().__init__(f"Ray broke down ({first_line(error)}); finished work is kept, rerun the command to resume")
+        place = ray_messages.place()
+        more = f"; its own messages: {place}" if place else ""
+        super().__init__(
+            f"Ray broke down ({first_line(error)}{more}); finished work is kept, rerun the command to resume"
+        )
 
 
 EXPECTED = (UserError, StoreError, Fault)

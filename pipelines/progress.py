@@ -26,6 +26,7 @@ class Progress:
         self._at: tuple[str, int, int | None] = ("starting workers", 0, None)
         self._outcome: Outcome[None] = Outcome()
         self._notes: list[str] = []
+        self._losses: list[str] = []
         self._stopping = False
 
     def stop(self) -> None:
@@ -52,6 +53,15 @@ class Progress:
         """Lines for the user that nobody has fetched yet."""
         fetched, self._notes = self._notes, []
         return fetched
+
+    def lost(self, text: str) -> None:
+        """Keep what was lost, for the user and for the workers that come next."""
+        self._losses.append(text)
+        self._notes.append(text)
+
+    def losses(self) -> list[str]:
+        """All that was lost so far."""
+        return self._losses
 
     def end(self, outcome: Outcome[None]) -> None:
         """Keep the error of a worker."""

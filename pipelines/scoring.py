@@ -252,7 +252,7 @@ def _by_actors(job: ScoringPlan, seed: int, chunks: Sequence[range], tasks: int)
     """Chunks by Ray actors, each as it is done."""
     gpus = 1.0 if job.device.gpu else 0.0
     wanted = {"CPU": job.task_cpus * tasks, "GPU": gpus * tasks}
-    cluster.connect(wanted, f"{tasks} tasks", "lower --tasks or --task-cpus")
+    cluster.connect(wanted, f"{tasks} tasks", "lower --tasks or --task-cpus", needed(job))
     import ray
     from ray.util import ActorPool
 
@@ -265,6 +265,11 @@ def _by_actors(job: ScoringPlan, seed: int, chunks: Sequence[range], tasks: int)
         outcomes = pool.map_unordered(lambda actor, chunk: actor.score.remote(seed, chunk), list(chunks))
         for outcome in outcomes:
             yield outcome.get()
+
+
+def needed(job: ScoringPlan) -> cluster.Needs:
+    """What actors need on every node."""
+    return cluster.Needs(read=tuple(dict.fromkeys(given.place for given in job.inputs)))
 
 
 class _Actor:

@@ -6,6 +6,7 @@ What travels between them is an Outcome, pixels beside it as an array.
 
 import functools
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from fsdino.data.photographs import file_stamps
 from fsdino.data.views import draw_view
 from fsdino.errors import DataWarning, UserError
 from fsdino.preprocess import read_image, resize_square
+from pipelines.meters import ExtractionMeter
 from pipelines.networks import NetworkPlan
 from pipelines.outcome import EXPECTED, Outcome
 from pipelines.recipes import Extraction
@@ -74,6 +76,10 @@ class Read(Protocol):
 
     def readable(self, row: Row) -> bool:
         """Whether a row that was quarantined can be read by now."""
+        ...
+
+    def place(self, rows: Sequence[Row]) -> str:
+        """A path or URL that tells whether a node can read the rows."""
         ...
 
     def stamps(self, rows: Sequence[Row]) -> list[str]:
@@ -136,6 +142,10 @@ class Decode:
             return False
         return True
 
+    def place(self, rows: Sequence[Row]) -> str:
+        """See Read. The first photograph."""
+        return rows[0].source
+
     def stamps(self, rows: Sequence[Row]) -> list[str]:
         """See Read."""
         found = file_stamps(list(dict.fromkeys(row.source for row in rows)))
@@ -166,6 +176,10 @@ class ReadStored:
     def readable(self, row: Row) -> bool:
         """See Read."""
         return row[:2] not in _opened(self.url, self.fingerprint).quarantined
+
+    def place(self, rows: Sequence[Row]) -> str:
+        """See Read. The store."""
+        return self.url
 
     def stamps(self, rows: Sequence[Row]) -> list[str]:
         """See Read. The same as the store's: what changes there has to be computed again here."""
@@ -201,6 +215,7 @@ class Extract:
 
     def __init__(self, network: NetworkPlan, builds: Mapping[str, str], settings: Extraction):
         self.builds = builds
+        self.meter = ExtractionMeter("+".join(sorted({url.rstrip("/").rsplit("/", 1)[-1] for url in builds})))
         self.thread = ThreadPoolExecutor(1)
         self.forward: Outcome[Any] = self.thread.submit(Outcome.of, lambda: _forward(network, settings)).result()
 
@@ -222,14 +237,21 @@ class Extract:
         forward, writers = self.forward.get(), self.writers
         pixels, sizes = batch["pixels"][0], batch["sizes"][0]
         wanted = tuple(dict.fromkeys(unit.features))
-        features = self.thread.submit(forward, pixels, wanted).result()
+        features, seconds = self.thread.submit(_timed, forward, pixels, wanted).result()
         sized = [(int(w), int(h)) for w, h in sizes]
         written = sum(
             writers[url].write(unit.shard, features[name], sized, bad, unit.stamps)
             for url, name in zip(unit.urls, unit.features, strict=True)
         )
+        self.meter.add(len(pixels), written, seconds)
         reasons = {unit.rows[slot].sample_id: reason for slot, reason in bad.items()}
         return Written(len(pixels), written, reasons, notes)
+
+
+def _timed(forward: Any, pixels: np.ndarray, wanted: tuple[str, ...]) -> tuple[Any, float]:
+    """The features, and the seconds they took."""
+    began = time.perf_counter()
+    return forward(pixels, wanted), time.perf_counter() - began
 
 
 def _forward(network: NetworkPlan, settings: Extraction) -> Any:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from feature_store.storage import open_folder
 from feature_store.urls import absolute, filesystem, local_path
 from fsdino import paper
 from fsdino.errors import Fault, first_line
-from pipelines import cluster, heap, stopping, tracking
+from pipelines import cluster, heap, preflight, stopping, tracking
+from pipelines.meters import TrainingMeter
 from pipelines.outbox import Outbox
 from pipelines.outcome import EXPECTED, ClusterFault, Outcome
 from pipelines.progress import Progress, shown
 from pipelines.recipes import Device, Places, Workers
+from pipelines.restarts import TellLosses
 from pipelines.runs import RunFolder
 
 GATHER_EVERY = 10  # steps whose losses stay on the device, and between looks at requests to stop
@@ -51,6 +53,9 @@ class Worker:
     progress: Any
     run: tracking.Run | None
     """MLflow's run; rank 0 alone logs."""
+    meter: TrainingMeter = field(default_factory=lambda: TrainingMeter("", 0))
+    losses: tuple[str, ...] = ()
+    """What was lost before this worker was started, as rank 0 knows it."""
 
     def report(self, title: str, done: int, total: int) -> None:
         """Say where the loop is, for the progress bar; from rank 0."""
@@ -97,8 +102,7 @@ def train(
     """
     each = _of_worker(workers, device)
     what = f"{workers.workers} workers of {' and '.join(f'{amount:g} {kind}' for kind, amount in each.items())}"
-    cluster.connect(resources(workers, device), what, fewer(device))
-    cluster.check_shared([run_folder.url])
+    cluster.connect(resources(workers, device), what, fewer(device), needed(run_folder, places))
     with locked(open_folder(run_folder.url)) as lock:
         begun = run_folder.begun()
         run_id = begun["run_id"] if begun else None
@@ -132,6 +136,13 @@ def train(
     stopping.check()
 
 
+def needed(run_folder: RunFolder, places: Places) -> cluster.Needs:
+    """What a training needs on every node."""
+    written = (run_folder.url, *preflight.databases(places.tracking_uri))
+    stores = tuple(dict.fromkeys(given.place for given in run_folder.inputs))
+    return cluster.Needs(written, (places.data, *stores), tracking_uri=places.tracking_uri)
+
+
 def resources(workers: Workers, device: Device) -> dict[str, float]:
     """What a training asks of the cluster."""
     return {kind: amount * workers.workers for kind, amount in _of_worker(workers, device).items()}
@@ -160,10 +171,11 @@ def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
             storage_filesystem=storage_filesystem,
             failure_config=FailureConfig(max_failures=task.workers.worker_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=task.workers.checkpoints_kept),
+            callbacks=[TellLosses(task.progress, task.workers.worker_failures)],  # type: ignore[list-item]
         ),
     )
     progress = task.progress
-    with shown(progress):
+    with shown(progress), cluster.watched(lambda line: progress.lost.remote(line)):
         try:
             with cluster.faults():
                 _in_a_thread(trainer.fit)
@@ -275,6 +287,8 @@ def _loop(task: Task, context: Any) -> None:
         settings=task.workers,
         progress=task.progress,
         run=_run(task) if rank == 0 else None,
+        meter=TrainingMeter(task.folder.rstrip("/").rsplit("/", 1)[-1], rank),
+        losses=tuple(ray.get(task.progress.losses.remote())) if rank == 0 else (),
     )
     task.loop(task.job, worker)
 
@@ -401,10 +415,17 @@ def save_state(rank: int, metrics: dict[str, float], **state: Any) -> None:
         ray.train.report(metrics, checkpoint=checkpoint)
 
 
-def load_state() -> dict[str, Any] | None:
-    """The last checkpoint's state, None in a fresh run."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+def load_state(worker: Worker) -> dict[str, Any] | None:
+    """The last checkpoint's state, None in a fresh run. After a loss it says from where the training goes on."""
+    checkpoint, state = ray.train.get_checkpoint(), None
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+    if worker.run and worker.losses:
+        step = state["step"] if state else 0
+        stage = f" of stage {state['stage'] + 1}" if state and "stage" in state else ""
+        where = f"goes on behind step {step}{stage}, its last checkpoint" if state else "starts anew"
+        worker.progress.note.remote(f"{worker.world} workers are back; the training {where}")
+        worker.run.log(step, losses_of_workers=len(worker.losses))
+        worker.run.file("\n".join(worker.losses).encode(), "lost.txt")
+    return state

@@ -111,6 +111,7 @@ class FaultProxy:
     def __init__(self, upstream: str, share: float, seed: int = 0, slow_s: float = 1.5):
         self.host, self.share, self.slow_s = upstream.removeprefix("http://"), share, slow_s
         self.answer_all: int | None = None
+        self.answer_body = b"<Error><Code>AccessDenied</Code></Error>"
         self.refused_path: str | None = None
         self.injected: Counter[str] = Counter()
         self._random, self._lock = random.Random(seed), threading.Lock()
@@ -159,7 +160,7 @@ class FaultProxy:
             return self.answer(request, 403, [], b'{"error_code": "PERMISSION_DENIED", "message": "not yours"}')
         if self.answer_all is not None:
             request.rfile.read(int(request.headers.get("Content-Length", 0)))
-            return self.answer(request, self.answer_all, [], b"<Error><Code>AccessDenied</Code></Error>")
+            return self.answer(request, self.answer_all, [], self.answer_body)
         fault = self.draw()
         length = int(request.headers.get("Content-Length", 0))
         body = request.rfile.read(length)

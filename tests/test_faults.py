@@ -262,3 +262,37 @@ def test_an_extraction_killed_at_random_moments_equals_an_undisturbed_one(shapes
             assert {n: d for n, d in left.items() if not n.endswith(".partial")} == snapshot(
                 str(whole / "shapes" / "tiny_vit" / name)
             )
+
+
+def test_a_store_that_asks_for_fewer_requests_is_tried_for_longer_than_one_that_fails(monkeypatch):
+    from feature_store.storage import base
+
+    waited: list[float] = []
+    monkeypatch.setattr(base.time, "sleep", waited.append)
+
+    def answers(error, times):
+        left = iter([error] * times)
+
+        def request():
+            for one in left:
+                raise one
+            return "here"
+
+        return request
+
+    assert base.patiently("s3://b/k", answers(base.Throttled("503 SlowDown"), 40)) == "here"
+    assert len(waited) == 40 and max(waited) <= base.LONGEST_BACKOFF_SECONDS
+    with pytest.raises(StoreFault, match="failed 6 times"):
+        base.patiently("s3://b/k", answers(OSError("500"), 6))
+
+
+def test_a_slow_down_of_s3_is_known_as_one(s3_endpoint):
+    from feature_store.storage import base, open_folder
+
+    with FaultProxy(s3_endpoint, share=0) as proxy:
+        proxy.answer_all, proxy.answer_body = 503, b"<Error><Code>SlowDown</Code><Message>Reduce</Message></Error>"
+        with environment(AWS_ENDPOINT_URL=proxy.address), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(base, "PATIENCE_SECONDS", 0)
+            with pytest.raises(StoreFault, match="too many requests for one prefix") as caught:
+                open_folder("s3://features/slow").read("x")
+    assert "\n" not in str(caught.value)

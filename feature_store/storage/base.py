@@ -3,6 +3,7 @@
 A back end writes the six abstract methods and overrides what it can do better than the defaults.
 """
 
+import itertools
 import random
 import time
 from abc import ABC, abstractmethod
@@ -19,6 +20,11 @@ Bytes = bytes | memoryview
 PATIENCE_SECONDS = 180.0  # after which no further try is made
 TRIES = 6
 BACKOFF_SECONDS = 0.2  # doubled at each try, and drawn at random up to that
+LONGEST_BACKOFF_SECONDS = 10.0
+
+
+class Throttled(OSError):
+    """The store answers, and asks for fewer requests: there is no bound to the tries, only to the time."""
 
 
 class Folder(ABC):
@@ -71,18 +77,20 @@ class Folder(ABC):
 
 
 def patiently(place: str, request: Callable[[], T]) -> T:
-    """The request, up to six times and three minutes, with backoff and jitter; a missing file is an answer."""
+    """The request, up to six times and three minutes, with backoff and jitter; a missing file is an answer. A store
+    that is asked too much is tried for the three minutes."""
     started = time.monotonic()
-    for attempt in range(TRIES):
+    for attempt in itertools.count():
         try:
             return request()
         except FileNotFoundError:
             raise
         except OSError as error:
-            if attempt == TRIES - 1 or time.monotonic() - started > PATIENCE_SECONDS:
+            last = attempt >= TRIES - 1 and not isinstance(error, Throttled)
+            if last or time.monotonic() - started > PATIENCE_SECONDS:
                 raise StoreFault(
                     f"{place}: the object store failed {attempt + 1} times, at last with: {first_line(error)}; "
                     "fix this and rerun to resume"
                 ) from None
-            time.sleep(random.uniform(0, BACKOFF_SECONDS * 2**attempt))
+            time.sleep(random.uniform(0, min(BACKOFF_SECONDS * 2**attempt, LONGEST_BACKOFF_SECONDS)))
     raise AssertionError("unreachable")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from feature_store.errors import StoreError
-from feature_store.storage.base import PATIENCE_SECONDS, Bytes, Folder, patiently
+from feature_store.storage.base import PATIENCE_SECONDS, Bytes, Folder, Throttled, patiently
 from fsdino.errors import first_line
 
 T = TypeVar("T")
@@ -120,6 +120,8 @@ class ObjectFolder(Folder):
                     raise self._no_bucket() from None
                 if "403 Forbidden" in str(error) or "401 Unauthorized" in str(error):  # listing has no error of its own
                     raise self._refused(key, error) from None
+                if "SlowDown" in str(error):
+                    raise Throttled(f"too many requests for one prefix ({first_line(error)})") from None
                 raise OSError(first_line(error)) from None
 
         self._check_fork()
