@@ -16,6 +16,7 @@ from scipy import ndimage
 from fsdino import paper
 from fsdino.errors import UserError
 from fsdino.predictor import Predictor
+from fsdino.preprocess import to_rgb
 
 DISC_SHARE = 0.06  # radius of a point, of the photograph's shorter side: about a position of the network's grid
 CORE_SHARE = 0.5  # of a box's sides: the ellipse in its middle that is surely the object
@@ -54,10 +55,11 @@ class Marks:
 
 
 def mask_of(predictor: Predictor, image: Image.Image, marks: Marks) -> Bool[np.ndarray, "h w"]:
-    """The marked object's mask, at the photograph's size. Leaves `image` set in the predictor.
+    """The marked object's mask, at the photograph's size as it is shown. Leaves `image` set in the predictor.
 
     Raises UserError for marks outside the photograph, or that say nothing of an object.
     """
+    image = to_rgb(image)
     known, allowed = _known(image, marks)
     predictor.set_image(image)
     support, mask = known, known == 1
@@ -79,25 +81,29 @@ def _known(image: Image.Image, marks: Marks) -> tuple[UInt8[np.ndarray, "h w"], 
         left, top, right, bottom = marks.box
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise UserError(f"box {marks.box}: expected left < right and top < bottom within {width}x{height}")
+        radius = max(1.0, min(radius, DISC_SHARE * 2 * min(right - left, bottom - top)))
         allowed = (x >= left) & (x < right) & (y >= top) & (y < bottom)
         known[~allowed] = 0
         sides = CORE_SHARE * (right - left) / 2, CORE_SHARE * (bottom - top) / 2
         if not marks.points and marks.scribble is None:
             middle = (left + right - 1) / 2, (top + bottom - 1) / 2
             known[((x - middle[0]) / sides[0]) ** 2 + ((y - middle[1]) / sides[1]) ** 2 <= 1] = 1
+            known[int(middle[1]), int(middle[0])] = 1  # of the smallest box too
     if marks.scribble is not None:
         if marks.scribble.shape != (height, width):
             raise UserError(f"scribble: expected (height, width) of {(height, width)}, got {marks.scribble.shape}")
         broad = ndimage.binary_dilation(marks.scribble == 1, iterations=round(radius / 2))
-        known[broad] = 1
+        known[broad & allowed] = 1
         known[marks.scribble == 2] = 0
     near = np.zeros_like(allowed)
     for value, points in ((0, marks.others), (1, marks.points)):
         for point in points:
             if not (0 <= point.x < width and 0 <= point.y < height):
                 raise UserError(f"point {point.x:g},{point.y:g}: expected a place within {width}x{height}")
+            if value and not allowed[int(point.y), int(point.x)]:
+                raise UserError(f"point {point.x:g},{point.y:g}: expected a place within the box {marks.box}")
             squared = (x - point.x) ** 2 + (y - point.y) ** 2
-            known[squared <= radius**2] = value
+            known[(squared <= radius**2) & allowed] = value
             near |= squared <= (FAR_DISCS * radius) ** 2
     if not (known == 1).any():
         raise UserError("expected a mark on the object: a point, a box or a stroke")
@@ -115,4 +121,4 @@ def _known(image: Image.Image, marks: Marks) -> tuple[UInt8[np.ndarray, "h w"], 
 def _touching(mask: Bool[np.ndarray, "h w"], seeds: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
     """The mask's connected parts that hold a seed."""
     numbers, _ = ndimage.label(mask)
-    return np.isin(numbers, np.unique(numbers[seeds & mask]))
+    return np.isin(numbers, np.unique(numbers[seeds]))

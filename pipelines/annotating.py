@@ -1,13 +1,14 @@
 """Picklable Ray Data operators of `annotate`: actors that segment shards of photographs, tasks that write them.
 
-A shard is so many photographs, and the unit of work and of retry: what is there of it is whole. Its marker is written
-last.
+A shard is so many photographs, and the unit of work and of retry. Its marker is written last, so that a shard with a
+marker is whole.
 """
 
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from feature_store import FeatureStore, Row
+from feature_store.schema import text
 from feature_store.storage import open_folder
 from feature_store.urls import redacted
 from pipelines import checkpoints
 from pipelines.outcome import Outcome
-from pipelines.outputs import annotation, parts
+from pipelines.outputs import coco_record, parts
 from pipelines.stages import Loaded
 
 if TYPE_CHECKING:
@@ -61,12 +63,17 @@ class AnnotationJob:
     instances: bool
     stores: tuple[FeatureStore, FeatureStore] | None
     """Late and early features, instead of pixels."""
+    digests: tuple[str, ...]
+    """Of each shard's photographs."""
     gpu: bool
     threads: int
     forward_batch: int
+    precision: str
+    """Of the encoder's pass."""
+    compile: bool
 
 
-class Annotated(NamedTuple):
+class WrittenShard(NamedTuple):
     """A shard that is written."""
 
     shard: int
@@ -76,10 +83,12 @@ class Annotated(NamedTuple):
     bad: dict[str, str]
     """Photographs that could not be read, and why."""
     seconds: float
-    """That the network took."""
+    """That reading stored features and the networks took."""
+    photographs: str
+    """Digest of what it is of."""
 
 
-class Seen(NamedTuple):
+class SegmentedShard(NamedTuple):
     """A shard that was segmented; its logits (n, classes, m, m) and presence (n, classes) go beside it."""
 
     loaded: Loaded
@@ -92,15 +101,20 @@ def part_name(shard: int) -> str:
     return f"part-{shard:06d}"
 
 
+def files(shard: int) -> tuple[str, ...]:
+    """The files of a shard, its marker first."""
+    return tuple(part_name(shard) + suffix for suffix in (MARKER, ".parquet", ".coco.json"))
+
+
 def finished(url: str) -> set[int]:
     """Shards that are written."""
     names = open_folder(url).names("")
     return {int(name[5:-5]) for name in names if name.startswith("part-") and name[5:-5].isdigit()}
 
 
-def marker(url: str, shard: int) -> Annotated:
+def marker(url: str, shard: int) -> WrittenShard:
     """What a shard's marker says."""
-    return Annotated(**json.loads(bytes(open_folder(url).read(part_name(shard) + MARKER))))
+    return WrittenShard(**json.loads(bytes(open_folder(url).read(part_name(shard) + MARKER))))
 
 
 class Segment:
@@ -114,10 +128,12 @@ class Segment:
         self.predictor: Outcome[Any] = Outcome.of(
             lambda: checkpoints.load_predictor(checkpoints.chosen(job.checkpoint), job.encoder_weights, job.gpu)
         )
+        if job.compile and self.predictor.error is None:
+            self.predictor.get().encoder.compile()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch of one loaded shard in; `outcome` (of Seen), `logits` and `presence` out."""
-        found: list[tuple[Seen, np.ndarray, np.ndarray]] = []
+        """A batch of one loaded shard in; `outcome` (of SegmentedShard), `logits` and `presence` out."""
+        found: list[tuple[SegmentedShard, np.ndarray, np.ndarray]] = []
         outcome = Outcome.of(lambda: found.append(self._segment(batch)))
         if outcome.error is not None:
             nothing = np.zeros((1, 0, 0, 0, 0), np.float16)
@@ -125,45 +141,55 @@ class Segment:
         seen, logits, presence = found[0]
         return {"outcome": np.array([Outcome(value=seen)], object), "logits": logits[None], "presence": presence[None]}
 
-    def _segment(self, batch: dict[str, np.ndarray]) -> tuple[Seen, np.ndarray, np.ndarray]:
+    def _segment(self, batch: dict[str, np.ndarray]) -> tuple[SegmentedShard, np.ndarray, np.ndarray]:
         loaded: Loaded = batch["outcome"][0].get()
         predictor, sizes = self.predictor.get(), batch["sizes"][0]
         started = time.perf_counter()
-        if self.job.stores is not None:
-            loaded, sizes, features = self._stored(loaded)
+        if self.job.stores is None:
+            features = map(self._encoded, _chunks(batch["pixels"][0], self.job.forward_batch))
         else:
-            features = map(predictor.features, _chunks(batch["pixels"][0], self.job.forward_batch))
-        predicted = [of for late, embedding in features for of in predictor.find(late, embedding, self.job.classes)]
-        logits = np.stack([of.mask_logits[:, 0].half().cpu().numpy() for of in predicted])
-        presence = [
-            np.full(len(self.job.classes), np.nan, np.float32)
-            if of.presence is None
-            else of.presence.float().cpu().numpy()
-            for of in predicted
-        ]
-        return Seen(loaded, sizes, time.perf_counter() - started), logits, np.stack(presence)
+            loaded, sizes, rows = self._known(loaded, *self.job.stores)
+            features = map(self._stored, _chunks(rows, self.job.forward_batch))
+        logits, presence = [], []
+        for late, embedding in features:
+            for of_image in predictor.find(late, embedding, self.job.classes):
+                logits.append(of_image.mask_logits[:, 0].half().cpu().numpy())
+                nothing = np.full(len(self.job.classes), np.nan, np.float32)
+                presence.append(nothing if of_image.presence is None else of_image.presence.float().cpu().numpy())
+        seconds = time.perf_counter() - started
+        return SegmentedShard(loaded, sizes, seconds), np.stack(logits), np.stack(presence)
 
-    def _stored(self, loaded: Loaded) -> tuple[Loaded, np.ndarray, Iterable[tuple[Any, Any]]]:
-        """The shard with what its stores know of it, and its features."""
+    def _encoded(self, pixels: np.ndarray) -> tuple[Any, Any]:
+        """Late features and embedding of photographs."""
+        import torch
+
+        predictor = self.predictor.get()
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.job.precision)
+        with torch.autocast(predictor.device.type, half) if half else nullcontext():
+            return predictor.features(pixels)
+
+    def _stored(self, rows: np.ndarray) -> tuple[Any, Any]:
+        """The same, from the stores."""
         import torch
 
         assert self.job.stores is not None
-        late, early = self.job.stores
+        predictor = self.predictor.get()
+        with torch.inference_mode():
+            late, early = (
+                torch.from_numpy(np.nan_to_num(store.read(rows.tolist()))).movedim(-1, 1).float().to(predictor.device)
+                for store in self.job.stores
+            )
+            return late, predictor.segmenter.embed(early)
+
+    def _known(self, loaded: Loaded, late: FeatureStore, early: FeatureStore) -> tuple[Loaded, np.ndarray, np.ndarray]:
+        """The shard with what its stores know of it, its photographs' sizes, and its rows there."""
         rows = late.samples.find([row.sample_id for row in loaded.unit.rows], [row.view for row in loaded.unit.rows])
-        known = [row for row in rows if row is not None]
+        known = np.array([row for row in rows if row is not None])
         assert len(known) == len(rows)
         quarantined = late.quarantined | early.quarantined
         reasons = {slot: quarantined.get(row[:2]) for slot, row in enumerate(loaded.unit.rows)}
         bad = {slot: reason for slot, reason in reasons.items() if reason is not None}
-        predictor = self.predictor.get()
-
-        def tensor(store: FeatureStore, chunk: Sequence[int]) -> Any:
-            return torch.from_numpy(np.nan_to_num(store.read(chunk))).movedim(-1, 1).float().to(predictor.device)
-
-        with torch.inference_mode():
-            chunks = [known[at : at + self.job.forward_batch] for at in range(0, len(known), self.job.forward_batch)]
-            features = [(tensor(late, chunk), predictor.segmenter.embed(tensor(early, chunk))) for chunk in chunks]
-        return loaded._replace(bad=bad), late.sizes[known], features
+        return loaded._replace(bad=bad), late.sizes[known], known
 
 
 class Write:
@@ -174,11 +200,14 @@ class Write:
         self.names = [one.name for one in job.classes]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch of one segmented shard in, its `outcome` (of Annotated) out."""
+        """A batch of one segmented shard in, its `outcome` (of WrittenShard) out."""
         return {"outcome": np.array([Outcome.of(lambda: self._write(batch))], object)}
 
-    def _write(self, batch: dict[str, np.ndarray]) -> Annotated:
-        seen: Seen = batch["outcome"][0].get()
+    def _write(self, batch: dict[str, np.ndarray]) -> WrittenShard:
+        import torch
+
+        torch.set_num_threads(1)
+        seen: SegmentedShard = batch["outcome"][0].get()
         unit, bad = seen.loaded.unit, seen.loaded.bad
         rows: list[dict[str, Any]] = []
         categories = [{"id": number, "name": name} for number, name in enumerate(self.names, start=1)]
@@ -191,22 +220,23 @@ class Write:
             width, height = (int(side) for side in seen.sizes[slot])
             image = {"id": number, "file_name": row.sample_id, "width": width, "height": height}
             coco["images"].append(image)
-            count = 0
+            count, hits = 0, set[str]()
             for category, record in self._of_image(batch["logits"][0][slot], width, height):
                 name, presence = self.names[category], float(batch["presence"][0][slot][category])
                 rows.append(_row(row, width, height, name, presence, record))
                 if record is not None:
                     count += 1
+                    hits.add(name)
                     ids = {"id": number * MOST_PARTS + count, "image_id": number, "category_id": category + 1}
                     coco["annotations"].append(ids | record)
-            for category in {of["category_id"] for of in coco["annotations"][-count:]} if count else ():
-                found[self.names[category - 1]] += 1
-        done = Annotated(
+            found = {name: times + (name in hits) for name, times in found.items()}
+        done = WrittenShard(
             unit.shard,
             len(unit.rows) - len(bad),
             found,
             {unit.rows[slot].sample_id: reason for slot, reason in bad.items()},
             round(seen.seconds, 3),
+            self.job.digests[unit.shard],
         )
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer)
@@ -221,13 +251,12 @@ class Write:
         import torch
         import torch.nn.functional as F
 
-        torch.set_num_threads(1)
         for category, small in enumerate(logits):
             tensor = torch.from_numpy(small.astype(np.float32))[None, None]
             large = F.interpolate(tensor, size=(height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
             masks = list(parts(large > 0, self.job.instances))[: MOST_PARTS // len(logits) - 1]
             for place, part in masks:
-                yield category, annotation(place, part, large)
+                yield category, coco_record(place, part, large)
             if not masks:
                 yield category, None
 
@@ -238,7 +267,7 @@ def _row(
     """A row of SCHEMA."""
     return {
         "image_id": row.sample_id,
-        "source": redacted(row.source),
+        "source": text(redacted(row.source)),
         "width": width,
         "height": height,
         "class": name,

@@ -28,6 +28,10 @@ class Examples(NamedTuple):
     masks: "list[np.ndarray]"
     file: str = ""
 
+    def photographs(self) -> "list[Image.Image]":
+        """Its supports, opened."""
+        return [read_photograph(path) for path in self.supports]
+
 
 def read_photograph(path: str) -> "Image.Image":
     """A photograph, a frame of a video, or a GeoTIFF of any bands, as RGB."""
@@ -84,4 +88,4 @@ def registered(one: Examples, predictor: "Predictor") -> "ClassEncoding":
 
     if one.file:
         return ClassEncoding.load(one.file)
-    return predictor.register([read_photograph(path) for path in one.supports], one.masks, one.name)
+    return predictor.register(one.photographs(), one.masks, one.name)

@@ -46,8 +46,16 @@ def read(path: str) -> Image.Image | None:
 
 
 def _stretched(band: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    valid = valid & np.isfinite(band)
     low, high = np.percentile(band[valid], STRETCH) if valid.any() else (0, 1)
-    return (255 * np.clip((band - low) / max(high - low, 1e-9), 0, 1)).round().astype(np.uint8)
+    grey = np.clip((band.astype(np.float64) - low) / max(high - low, 1e-9), 0, 1)
+    return (255 * np.where(valid, grey, 0)).round().astype(np.uint8)
+
+
+def check(paths: Sequence[str]) -> None:
+    """Raises UserError for the first that does not say where it is."""
+    for path in paths:
+        _placed(path).close()
 
 
 class GeoTiff:
@@ -90,16 +98,15 @@ class GeoJson:
         """See Writer."""
         from rasterio.warp import transform_geom
 
-        from pipelines.outputs import annotation, parts
+        from pipelines.outputs import parts, score
 
         with _placed(found.query) as source:
             crs, transform = source.crs, source.transform
         for name, whole, logits in zip(self.names, found.masks, found.logits, strict=True):
             for place, part in parts(whole, instances=True):
-                score = annotation(place, part, logits)["score"]
                 for outline in _outlines(place, part, transform):
                     geometry = transform_geom(crs, "EPSG:4326", outline)
-                    properties = {"class": name, "score": score, "source": redacted(found.query)}
+                    properties = {"class": name, "score": score(place, part, logits), "source": redacted(found.query)}
                     self.features.append({"type": "Feature", "geometry": geometry, "properties": properties})
 
     def close(self) -> None:
@@ -125,6 +132,7 @@ def _placed(path: str) -> Any:
     except rasterio.errors.RasterioError as error:
         raise UserError(f"{redacted(path)}: expected a GeoTIFF, got: {first_line(error)}") from None
     if file.crs is None:
+        file.close()
         raise UserError(
             f"{redacted(path)}: expected a GeoTIFF with a coordinate system, got a picture without; leave "
             "out --format geotiff and geojson"

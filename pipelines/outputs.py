@@ -117,7 +117,7 @@ class Coco:
         images.append({"id": len(images) + 1, "file_name": redacted(found.query), "width": width, "height": height})
         for number, (whole, logits) in enumerate(zip(found.masks, found.logits, strict=True), start=1):
             for place, part in parts(whole, self.instances):
-                record = annotation(place, part, logits)
+                record = coco_record(place, part, logits)
                 annotations.append(
                     {"id": len(annotations) + 1, "image_id": len(images), "category_id": number, **record}
                 )
@@ -192,8 +192,8 @@ def writers(
         if plain(name) in known:
             raise UserError(f"--class {name}: a class called {known[plain(name)]} is there already; name them apart")
         known[plain(name)] = name
-    if "labels" in formats and len(names) > MOST_LABELS:
-        raise UserError(f"--format labels: expected at most {MOST_LABELS} classes, got {len(names)}; use coco")
+    if len(names) > MOST_LABELS:
+        raise UserError(f"--class: expected at most {MOST_LABELS} classes, got {len(names)}; look for them in parts")
     made: dict[str, Callable[[], Writer]] = {
         "mask": lambda: Pictures(out, names, ".png", lambda f, n: _binary(f.masks[n]), each=True),
         "labels": lambda: Pictures(out, names, "_labels.png", lambda f, _: _labels(f.labels), each=False),
@@ -244,8 +244,8 @@ def stems(queries: Sequence[str], made: Sequence[Writer], others: Sequence[Path]
 
 def stem_of(query: str) -> str:
     """A photograph's name without its suffix; a video's frame's with its number."""
-    path, sign, number = query.rpartition("#")
-    return f"{Path(path).stem}_{number}" if sign and videos.is_video(path) else Path(query).stem
+    path, _, number = query.rpartition("#")
+    return f"{Path(path).stem}_{number}" if videos.is_frame(query) else Path(query).stem
 
 
 def parts(mask: np.ndarray, instances: bool) -> Iterator[Part]:
@@ -255,7 +255,7 @@ def parts(mask: np.ndarray, instances: bool) -> Iterator[Part]:
         yield place, numbers[place] == number
 
 
-def annotation(place: tuple[slice, ...], part: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+def coco_record(place: tuple[slice, ...], part: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
     """A part of a mask as COCO has it, of a photograph of the size of `logits` (h, w): column-major run lengths, area,
     box, and the mean probability as its score."""
     from pycocotools import mask as coco
@@ -268,8 +268,13 @@ def annotation(place: tuple[slice, ...], part: np.ndarray, logits: np.ndarray) -
         "area": int(part.sum()),
         "bbox": [float(side) for side in coco.toBbox(runs)],
         "iscrowd": 0,
-        "score": round(float(_sigmoid(logits[place][part]).mean()), 6),
+        "score": score(place, part, logits),
     }
+
+
+def score(place: tuple[slice, ...], part: np.ndarray, logits: np.ndarray) -> float:
+    """Mean probability over a part."""
+    return round(float(_sigmoid(logits[place][part]).mean()), 6)
 
 
 def outline(place: tuple[slice, ...], part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

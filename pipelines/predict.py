@@ -12,6 +12,7 @@ fsdino.Predictor does the same in Python.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,12 @@ def job(settings: Settings) -> dict[str, Any]:
     wanted = named or [first_example(settings, queries[0])]
     from pipelines import outputs
 
-    rate = next((videos.rate(query) for query in settings.query if videos.is_video(query)), videos.FRAME_RATE)
+    if {"geotiff", "geojson"} & set(settings.format):
+        from pipelines import geo
+
+        geo.check(queries)
+    films = [query.rpartition("#")[0] for query in queries if videos.is_frame(query)]
+    rate = videos.rate(films[0]) if films and "video" in settings.format else videos.FRAME_RATE
     writers = outputs.writers(settings.format, out, [one.name for one in wanted], settings.instances, rate)
     inputs = [path for one in wanted for path in (*one.supports, one.file) if path]
     inputs += [*settings.mask, *filter(None, [settings.first]), *settings.query, *queries]
@@ -131,6 +137,8 @@ def job(settings: Settings) -> dict[str, Any]:
             writer.close()
     if rows:
         panels.panel(("support", "query", "prior", "prediction"), rows).save(out / PANEL)
+    for reason in unread[1:]:
+        print(f"not segmented: {reason}", file=sys.stderr)
     if unread:
         raise UserError(f"{len(unread)} of {len(queries)} photographs were not segmented; the first: {unread[0]}")
     return {
@@ -205,7 +213,8 @@ def listed(queries: Sequence[str], out: Path) -> list[str]:
             continue
         if not is_url(query) and not Path(query).exists():
             read_image(query)  # says so
-        found += videos.frames(query) if videos.is_video(query) and not is_url(query) else [query]
+        found.append(query)
+    found = [name for path in found for name in (videos.frames(path) if videos.is_video(path) else [path])]
     if not found:
         raise UserError(f"--query {queries[0]}: expected photographs beside those in --out {out}, found none")
     return found

@@ -6,8 +6,8 @@
 
 `python -m pipelines.predict --class cat.class` finds it in photographs. A class file belongs to its checkpoint. Points,
 boxes and scribbles become masks by the model's own similarity: they are written beside the class file, drawn into
-`cat.jpg`, and the class is only registered if you agree (or with `--yes`). Of several photographs `--rank` says which
-help and which harm.
+`cat.class.jpg`, and the class is only registered if you agree (or with `--yes`). Of several photographs `--rank` says
+which help and which harm.
 """
 
 import sys
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fsdino.errors import UserError
-from fsdino.preprocess import read_image
 from pipelines import checkpoints
 from pipelines.checks import NewFile, Place, Range, Weights
 from pipelines.cli import main
-from pipelines.examples import read_masks
+from pipelines.examples import read_masks, read_photograph
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     from fsdino.marks import Marks
     from fsdino.predictor import Predictor
@@ -86,13 +86,14 @@ def job(settings: Settings) -> dict[str, Any]:
         masks = shown(predictor, settings.support, marks, target)
         done["masks"] = [str(path) for path in written[2:]]
         agreed(written[1], settings.yes)
-    predictor.register(settings.support, masks, settings.name).save(target)
-    return done | {"ranks": ranked(predictor, settings.support, masks)} if settings.rank else done
+    opened = [read_photograph(path) for path in settings.support]
+    predictor.register(opened, masks, settings.name).save(target)
+    return done | {"ranks": ranked(predictor, settings.support, opened, masks)} if settings.rank else done
 
 
 def _beside(target: Path, count: int) -> list[Path]:
     """The picture that is to be agreed with, and the masks."""
-    return [target.with_suffix(".jpg"), *(target.with_name(f"{target.stem}_{n}.png") for n in range(1, count + 1))]
+    return [Path(f"{target}.jpg"), *(Path(f"{target}.{n}.png") for n in range(1, count + 1))]
 
 
 def read_marks(settings: Settings) -> "list[Marks]":
@@ -158,7 +159,7 @@ def shown(
     picture, *files = _beside(target, len(supports))
     masks, rows = [], list[list[Image.Image | None]]()
     for path, of, file in zip(supports, marks, files, strict=True):
-        image = read_image(path)
+        image = read_photograph(path)
         mask = mask_of(predictor, image, of)
         Image.fromarray(mask.astype(np.uint8) * 255).save(file)
         rows.append([panels.cell(image), panels.overlay(image, mask)])
@@ -178,9 +179,11 @@ def agreed(picture: Path, yes: bool) -> None:
         raise UserError("not registered; add points on the object (--point) or beside it (--other) and rerun")
 
 
-def ranked(predictor: "Predictor", supports: Sequence[str], masks: "Sequence[np.ndarray]") -> list[dict[str, Any]]:
+def ranked(
+    predictor: "Predictor", supports: Sequence[str], opened: "Sequence[Image.Image]", masks: "Sequence[np.ndarray]"
+) -> list[dict[str, Any]]:
     """The photographs with what they are worth, those that help most first; also as a table for people."""
-    ranks = zip(supports, predictor.rank(supports, masks), strict=True)
+    ranks = zip(supports, predictor.rank(opened, masks), strict=True)
     rows = sorted(ranks, key=lambda row: -(row[1].found if row[1].helps is None else row[1].helps))
     print("found by the others (IoU), helps them (IoU)", file=sys.stderr)
     for path, rank in rows:

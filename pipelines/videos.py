@@ -21,6 +21,12 @@ def is_video(path: str) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
+def is_frame(name: str) -> bool:
+    """Whether a name is a frame's."""
+    path, sign, number = name.rpartition("#")
+    return bool(sign) and number.isdecimal() and is_video(path)
+
+
 def frames(path: str) -> list[str]:
     """What a video's frames are called. Raises UserError if it cannot be read to its end."""
     return [f"{path}#{number:06d}" for number, _ in enumerate(_decoded(path))]
@@ -35,15 +41,15 @@ class Reader:
 
     def read(self, name: str) -> Image.Image | None:
         """The frame of that name as RGB; None if it is no frame's."""
-        path, sign, number = name.rpartition("#")
-        if not sign or not is_video(path):
+        if not is_frame(name):
             return None
+        path, _, number = name.rpartition("#")
         if path != self._path or int(number) < self._next:
             self._path, self._next, self._frames = path, 0, _decoded(path)
         for frame in self._frames:
             self._next += 1
             if self._next > int(number):
-                return frame.to_image()
+                return frame.to_image().rotate(frame.rotation, expand=True)
         raise UserError(f"{name}: expected a frame, but the video has only {self._next}")
 
 
@@ -80,7 +86,7 @@ class Film:
 def _decoded(path: str) -> Iterator[Any]:
     av = _av()
     if not Path(path).is_file():
-        raise UserError(f"{path}: expected a video, found no file")
+        raise UserError(f"{path}: expected a video on this machine, found no file")
     try:
         with av.open(path) as container:
             if not container.streams.video:
