@@ -44,11 +44,25 @@ def fields(tmp_path):
 
 
 def test_bands_of_more_than_eight_bits_are_stretched_to_what_they_show(fields):
-    plain, deep = (np.asarray(geo.read(str(fields / name))).astype(float) for name in ("field.tif", "deep.tif"))
-    assert deep.shape == plain.shape == (SIDE, SIDE, 3)
-    _, mask = scene()
-    assert (deep[mask] != deep[~mask].mean(0)).all() and np.ptp(deep[..., 0]) == 255
+    plain, deep = (np.asarray(geo.read(str(fields / name))) for name in ("field.tif", "deep.tif"))
+    colours, mask = scene()
+    assert (plain == colours).all()
+    assert (deep[mask] == (255, 0, 0)).all(), "orange has more red, and less green and blue, than the ground"
+    assert (deep[~mask] == (0, 255, 255)).all()
     assert geo.read(str(fields / "mask.png")) is None
+
+
+def test_pixels_without_a_value_are_black_and_stretch_nothing(fields):
+    values = np.linspace(10, 20, SIDE * SIDE, dtype=np.float32).reshape(1, SIDE, SIDE)
+    values[0, :10], values[0, 10:20] = np.nan, -9999
+    common = {"driver": "GTiff", "height": SIDE, "width": SIDE, "crs": CRS_METRES, "transform": PLACE, "nodata": -9999}
+    with rasterio.open(fields / "gaps.tif", "w", count=1, dtype="float32", **common) as file:
+        file.write(values)
+    grey = np.asarray(geo.read(str(fields / "gaps.tif")))[..., 0]
+    assert (grey[:20] == 0).all()
+    low, high = np.percentile(values[0, 20:], (2, 98))
+    expected = np.clip((values[0, 20:] - low) / (high - low), 0, 1) * 255
+    np.testing.assert_allclose(grey[20:], expected, atol=1)
 
 
 def test_masks_lie_where_the_photograph_lies(fields):

@@ -52,6 +52,29 @@ def test_a_marked_object_is_found_and_what_is_beside_it_is_not(predictor, photog
     assert not mask[FLAG[1], FLAG[0]] and not mask[SHUTTLE[1], SHUTTLE[0]]
 
 
+@pytest.mark.parametrize("box", [Frame(100, 100, 101, 101), Frame(100, 100, 130, 130)])
+def test_nothing_outside_a_box_is_the_object(predictor, photograph, box):
+    left, top, right, bottom = map(int, box)
+    inside = np.zeros((HEIGHT, WIDTH), bool)
+    inside[top:bottom, left:right] = True
+    for points in ([], [Point(left, top)]):
+        mask = mask_of(predictor, photograph[0], Marks(points=points, box=box))
+        assert mask.any() and not (mask & ~inside).any()
+
+
+def test_marks_are_on_the_photograph_as_it_is_shown(predictor, photograph, tmp_path):
+    """A photograph that is stored on its side has the mask of one that is not."""
+    turned, exif = photograph[0].rotate(90, expand=True), Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    marks = Marks(box=Frame(10, 10, 420, 512))
+    upright, stored = (
+        mask_of(predictor, photograph[0], marks),
+        mask_of(predictor, Image.open(tmp_path / "turned.jpg"), marks),
+    )
+    assert iou(upright, stored) > 0.9
+
+
 def test_a_single_point_marks_at_least_its_surroundings(predictor, photograph):
     image, truth = photograph
     mask = mask_of(predictor, image, Marks(points=[Point(150, 330)]))
@@ -70,6 +93,7 @@ def test_strokes_mark_the_object_and_what_is_beside_it(predictor, photograph):
 @pytest.mark.parametrize(
     "marks, said",
     [
+        (Marks(points=[Point(300, 300)], box=Frame(10, 10, 60, 60)), "expected a place within the box"),
         (Marks(points=[Point(600, 10)]), "expected a place within 512x512"),
         (Marks(box=Frame(100, 10, 90, 50)), "left < right"),
         (Marks(others=[Point(5, 5)]), "expected a mark on the object"),
