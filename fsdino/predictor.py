@@ -235,7 +235,8 @@ class Predictor:
     def find(
         self, late: Float[Tensor, "b c g g"], embedding: Float[Tensor, "b e g g"], classes: Sequence[ClassEncoding]
     ) -> list[Prediction]:
-        """What the network makes of n classes in each of b images, before it is enlarged to the image's size."""
+        """What the network makes of n classes in each of b images, before it is enlarged to the image's size; masks of
+        classes below the presence threshold are emptied already."""
         support = self._support(classes)
         encoded = zip(late.split(1), embedding.split(1), strict=True)
         return [self._predicted(_Encoded((0, 0), *of_image), support) for of_image in encoded]

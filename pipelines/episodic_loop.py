@@ -212,8 +212,8 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
 def objective(segmenter: Segmenter, episodic: Episodic, worker: training.Worker) -> EpisodeLoss:
     """The loss as one module, compiled if the settings ask for it.
 
-    On a GPU alone, without accumulation, its passes are CUDA graphs: launching a step's kernels one by one takes eight
-    times as long as they do (docs/benchmarks/gpu.md).
+    On one GPU, without accumulation, its passes are CUDA graphs: launching a step's many small kernels one by one takes
+    longer than they do (docs/benchmarks/gpu.md).
     """
     loss = EpisodeLoss(segmenter)
     if episodic.train_compile:

@@ -2,7 +2,7 @@
 
     python -m pipelines.export --checkpoint outputs/runs/.../final --to fsdino/model
 
-Loaded, it is float32 again; what rounding changes is printed: the largest share of any tensor's norm.
+Loaded, it is float32 again. `changed` in the result is the largest relative error of any tensor.
 """
 
 import tempfile

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset((".tif", ".tiff"))
 GEOJSON = "found.geojson"
+MOST_PIXELS = 10**9
 STRETCH = (2, 98)  # percentiles of a band of more than 8 bits that become black and white
 
 
@@ -36,6 +37,10 @@ def read(path: str) -> Image.Image | None:
                 return None
             if file.count == 2:
                 raise UserError(f"{path}: expected one band, or red, green and blue first, got two")
+            if file.width * file.height > MOST_PIXELS:
+                raise UserError(
+                    f"{path}: expected at most {MOST_PIXELS:,} pixels, got {file.width}x{file.height}; cut it"
+                )
             bands = [1, 2, 3] if file.count >= 3 else [1, 1, 1]
             values, valid = file.read(bands), file.dataset_mask() > 0
     except rasterio.errors.RasterioError as error:
