@@ -206,8 +206,8 @@ class Episodic:
     accumulate: Few = 1
     """Parts of its share of a step that a worker computes one after another, where memory does not hold it at once."""
     train_compile: bool = False
-    """Run the loss through torch.compile, on one GPU as CUDA graphs: a step of eight episodes is 7.9 times as fast on an
-    H100 (bf16), for a minute of compiling."""
+    """Run the loss through torch.compile, on one GPU as CUDA graphs: a step of eight episodes is 7.9 times as fast on
+    an H100 (bf16), for a minute of compiling."""
     clip: Annotated[float, Range(0, 1e6, closed=False)] | None = None
     """Largest norm of a step's gradient; none: no clipping."""
     ema: Annotated[float, Range(0, 0.99999)] = 0.0
