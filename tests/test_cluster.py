@@ -293,7 +293,7 @@ def test_the_slurm_script_starts_two_nodes_and_runs_the_command_on_them(shapes_r
         )
     try:
         while job.poll() is None:
-            nodes = list(logs.glob("session_*/logs/raylet*.out"))
+            nodes = list(logs.glob("session_2*/logs/raylet*.out"))
             time.sleep(0.5)
     finally:
         subprocess.run(["pkill", "-KILL", "--session", str(job.pid)])
