@@ -74,6 +74,13 @@ node() {
         # The agent's port of the first node is taken on this machine.
         start "node$1" "$bin/ray" start --block --address="$here:$ray" --num-cpus="${NODE_CPUS:-2}" \
             --dashboard-agent-listen-port=$((52365 + $1)) --disable-usage-stats
+        for _ in $(seq 600); do
+            if grep -q "runtime started" "$state/node$1.log"; then return; fi
+            if ! kill -0 "$(cat "$state/node$1.pid")" 2> /dev/null; then break; fi
+            sleep 0.2
+        done
+        echo "error: node $1 does not join; see $state/node$1.log" >&2
+        exit 1
     fi
 }
 
@@ -94,18 +101,6 @@ up() {
     node 1
     node 2
     await mlflow "$mlflow"
-    # shellcheck disable=SC1091
-    (source "$state/env" && "$bin/python" - <<'EOF'
-import logging, sys, time
-import ray
-ray.init(log_to_driver=False, logging_level=logging.ERROR)
-for _ in range(120):
-    if sum(node["Alive"] for node in ray.nodes()) == 2:
-        sys.exit()
-    time.sleep(0.5)
-sys.exit("error: the second node did not join within 60 s")
-EOF
-    ) >&2
     echo "$state/env"
 }
 
