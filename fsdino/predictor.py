@@ -89,7 +89,10 @@ class ClassEncoding:
         state = {key: value.cpu().contiguous() for key, value in state.items()}
         record = {"name": self.name, "shots": self.shots, "segmenter": self.segmenter}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, path, metadata={"class": json.dumps(record)})
+        try:
+            save_file(state, path, metadata={"class": json.dumps(record)})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from None
 
     @classmethod
     def load(cls, path: str | Path) -> "ClassEncoding":
@@ -103,7 +106,7 @@ class ClassEncoding:
                 positions = Annotated(*(state[key] for key in Annotated._fields))
             support = SupportEncoding(state["prototype"], state["prompt"], state.get("kernel"), positions)
             return cls(record["name"], record["shots"], support, record["segmenter"])
-        except (FileNotFoundError, IsADirectoryError):
+        except OSError:
             raise UserError(f"{path}: expected a class file, found none; write it with ClassEncoding.save") from None
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: expected a class file, got another ({error}); register the class again") from None
@@ -342,6 +345,8 @@ def _cut(image: Image.Image, box: Box) -> Image.Image:
 
 
 def _opened(image: Photograph) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        raise UserError("expected a photograph as a PIL image, path or URL, got an array; Image.fromarray makes one")
     return to_rgb(image) if isinstance(image, Image.Image) else read_image(image)
 
 

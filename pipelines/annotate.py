@@ -148,10 +148,12 @@ def photographs(place: str) -> dict[str, str]:
     if not place.endswith(LIST):
         return {text(image_id): source for image_id, source in list_photographs(place).items()}
     try:
-        with reachable(f"--images {place}"), fsspec.open(place, "rt") as file:
+        with reachable(f"--images {place}"), fsspec.open(place, "rt", encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
     except FileNotFoundError:
         raise UserError(f"--images {place}: expected a list of photographs, found no file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--images {place}: expected a list in UTF-8, got another encoding; save it as UTF-8") from None
     found = {text(redacted(line)): line if is_url(line) else os.path.abspath(line) for line in lines if line}
     if not found:
         raise UserError(f"--images {place}: expected a path or URL on each line, got none")

@@ -112,9 +112,12 @@ def finished(url: str) -> set[int]:
     return {int(name[5:-5]) for name in names if name.startswith("part-") and name[5:-5].isdigit()}
 
 
-def marker(url: str, shard: int) -> WrittenShard:
-    """What a shard's marker says."""
-    return WrittenShard(**json.loads(bytes(open_folder(url).read(part_name(shard) + MARKER))))
+def marker(url: str, shard: int) -> WrittenShard | None:
+    """What a shard's marker says; None if it is damaged."""
+    try:
+        return WrittenShard(**json.loads(bytes(open_folder(url).read(part_name(shard) + MARKER))))
+    except (ValueError, TypeError):
+        return None
 
 
 class Segment:
@@ -136,8 +139,8 @@ class Segment:
         found: list[tuple[SegmentedShard, np.ndarray, np.ndarray]] = []
         outcome = Outcome.of(lambda: found.append(self._segment(batch)))
         if outcome.error is not None:
-            nothing = np.zeros((1, 0, 0, 0, 0), np.float16)
-            return {"outcome": np.array([outcome], object), "logits": nothing, "presence": nothing[..., 0, 0]}
+            nothing = {"logits": np.zeros((1, 1, 1, 1, 1), np.float16), "presence": np.zeros((1, 1, 1), np.float32)}
+            return {"outcome": np.array([outcome], object), **nothing}
         seen, logits, presence = found[0]
         return {"outcome": np.array([Outcome(value=seen)], object), "logits": logits[None], "presence": presence[None]}
 

@@ -79,12 +79,10 @@ def state(plan: Plan) -> tuple[dict[int, WrittenShard], list[str]]:
     there = sorted(annotating.finished(plan.out))
     with ThreadPoolExecutor(16) as pool:
         markers = list(pool.map(lambda shard: annotating.marker(plan.out, shard), there))
-    current = {m.shard: m for m in markers if m.shard < len(digests) and m.photographs == digests[m.shard]}
+    whole = [one for one in markers if one is not None]
+    current = {one.shard: one for one in whole if one.shard < len(digests) and one.photographs == digests[one.shard]}
     if others := len(there) - len(current):
-        print(
-            f"note: {others} shards are of photographs that have changed since; they are annotated again",
-            file=sys.stderr,
-        )
+        print(f"note: {others} shards are damaged, or of photographs that have changed since", file=sys.stderr)
     return current, digests
 
 
@@ -94,6 +92,8 @@ def check_identity(folder: Folder, identity: Mapping[str, Any]) -> None:
         there = json.loads(bytes(folder.read(IDENTITY)))
     except FileNotFoundError:
         return
+    except ValueError:
+        raise UserError(f"{folder.url}/{IDENTITY}: expected JSON, got a damaged file; choose another --to") from None
     other = next((key for key in identity if there.get(key) != identity[key]), None)
     if other is not None:
         raise UserError(

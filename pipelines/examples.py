@@ -54,7 +54,10 @@ def read_classes(classes: Sequence[Sequence[str]], mask_value: int | None) -> li
     Raises UserError for what is neither.
     """
     found = []
-    for name, *pairs in classes:
+    for entry in classes:
+        if not entry:
+            raise UserError("--class: expected a class file, or a name and PHOTOGRAPH=MASK, got nothing")
+        name, *pairs = entry
         if not pairs:
             found.append(Examples(name_of(name), (), [], name))
             continue

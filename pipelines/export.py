@@ -5,6 +5,7 @@
 Loaded, it is float32 again. `changed` in the result is the largest relative error of any tensor.
 """
 
+import os
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class Settings:
 
 def job(settings: Settings) -> dict[str, Any]:
     """Halve, write, and say what that changed."""
-    if settings.checkpoint == settings.to:
+    if os.path.realpath(settings.checkpoint) == os.path.realpath(settings.to):
         raise UserError(f"--to {settings.to}: expected another folder than --checkpoint's")
     checkpoints.read_record(settings.checkpoint, "segmenter")
     segmenter, _ = checkpoints.load_segmenter(settings.checkpoint)

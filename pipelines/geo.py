@@ -33,8 +33,10 @@ def read(path: str) -> Image.Image | None:
         return None
     try:
         with _quietly(rasterio, path) as file:
-            if file.crs is None:
+            if file.crs is None or file.colorinterp[0] == rasterio.enums.ColorInterp.palette:
                 return None
+            if any(kind.startswith("complex") for kind in file.dtypes):
+                raise UserError(f"{path}: expected real numbers, got complex ones; convert it")
             if file.count == 2:
                 raise UserError(f"{path}: expected one band, or red, green and blue first, got two")
             if file.width * file.height > MOST_PIXELS:
@@ -58,9 +60,15 @@ def _stretched(band: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 def check(paths: Sequence[str]) -> None:
-    """Raises UserError for the first that does not say where it is."""
+    """Raises UserError for the first that does not say where it is, or not in a way that longitudes follow from."""
+    from rasterio.warp import transform_bounds
+
     for path in paths:
-        _placed(path).close()
+        with _placed(path) as file:
+            try:
+                transform_bounds(file.crs, "EPSG:4326", *file.bounds)
+            except Exception as error:  # GDAL's own, which rasterio does not name in public
+                raise UserError(f"{redacted(path)}: expected a place on the Earth, got: {first_line(error)}") from None
 
 
 class GeoTiff:
@@ -155,6 +163,7 @@ def _quietly(rasterio: Any, path: str) -> Any:
 def _rasterio(required: bool = True) -> Any:
     try:
         import rasterio
+        import rasterio.enums
         import rasterio.errors
     except ImportError:
         if not required:

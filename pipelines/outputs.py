@@ -19,7 +19,7 @@ from pipelines import geo, panels, videos
 from pipelines.checks import Format
 
 COCO, YOLO_CLASSES, FILM = "annotations.json", "classes.txt", "film.mp4"
-MOST_LABELS = 254
+MOST_LABELS, MOST_LETTERS = 254, 100
 Part = tuple[tuple[slice, ...], np.ndarray]
 """Where a mask's part lies, and the part itself (h, w) bool."""
 
@@ -187,8 +187,10 @@ def writers(
     """
     known: dict[str, str] = {}
     for name in names:
-        if not name.strip():
-            raise UserError("--class: expected a class with a name, got one without; register it again")
+        if not name.strip() or "\n" in name or len(name) > MOST_LETTERS:
+            raise UserError(
+                f"--class {name!r}: expected a name in one line of 1 to {MOST_LETTERS} letters; register it again"
+            )
         if plain(name) in known:
             raise UserError(f"--class {name}: a class called {known[plain(name)]} is there already; name them apart")
         known[plain(name)] = name
@@ -214,12 +216,17 @@ def stems(queries: Sequence[str], made: Sequence[Writer], others: Sequence[Path]
     Raises UserError if anything that is written would replace an input.
     """
     given = {Path(path).resolve(): path for path in inputs if not is_url(path)}
+    ours = any(path.exists() for path in others)  # an earlier run's folder, whose files may be replaced
 
     def check(path: Path, query: str) -> None:
         if path.resolve() in given:
             what = f"what is written for {query}" if query else path.name
             raise UserError(
                 f"--out {path.parent}: {what} would overwrite the input {given[path.resolve()]}; choose another folder"
+            )
+        if path.exists() and not ours:
+            raise UserError(
+                f"--out {path.parent}: {path.name} is there, and not of an earlier run; choose another folder"
             )
 
     taken = {*others, *(path for writer in made for path in writer.shared)}

@@ -12,6 +12,7 @@ fsdino.Predictor does the same in Python.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ def job(settings: Settings) -> dict[str, Any]:
     """
     if settings.tile is not None:
         _let_large_photographs_in()
+    if not settings.format:
+        raise UserError("--format: expected at least one, got none")
     out = Path(settings.out)
     named = wanted_classes(settings)
     queries = listed(settings.query, out)
@@ -112,6 +115,7 @@ def job(settings: Settings) -> dict[str, Any]:
 
     predictor = checkpoints.load_predictor(checkpoint, settings.encoder_weights, settings.gpu)
     classes = [registered(one, predictor) for one in wanted]
+    predictor.check(classes)
     out.mkdir(parents=True, exist_ok=True)
     first = wanted[0]
     support = panels.overlay(read_photograph(first.supports[0]), first.masks[0] == 1) if first.supports else None
@@ -207,9 +211,14 @@ def listed(queries: Sequence[str], out: Path) -> list[str]:
         raise UserError("--query: expected at least one photograph, got none")
     found: list[str] = []
     for query in queries:
+        if not query:
+            raise UserError("--query: expected a photograph, got an empty name")
         if any(sign in query for sign in "*?[") or Path(query).is_dir() or query.endswith(("/", ".tar")):
-            inside = list_photographs(query, flag="--query").values()
-            found += [path for path in inside if is_url(path) or out.resolve() not in Path(path).resolve().parents]
+            inside = sorted(list_photographs(query, flag="--query").values(), key=natural)
+            others = [path for path in inside if is_url(path) or out.resolve() not in Path(path).resolve().parents]
+            if left := len(inside) - len(others):
+                print(f"note: {left} pictures below --out {out} are left out", file=sys.stderr)
+            found += others
             continue
         if not is_url(query) and not Path(query).exists():
             read_image(query)  # says so
@@ -218,6 +227,11 @@ def listed(queries: Sequence[str], out: Path) -> list[str]:
     if not found:
         raise UserError(f"--query {queries[0]}: expected photographs beside those in --out {out}, found none")
     return found
+
+
+def natural(path: str) -> list[Any]:
+    """Sorts frame2 before frame10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def segmented(

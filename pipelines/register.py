@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fsdino.errors import UserError
+from fsdino.preprocess import SUFFIXES
 from pipelines import checkpoints
 from pipelines.checks import NewFile, Place, Range, Weights
 from pipelines.cli import main
@@ -69,6 +70,8 @@ def job(settings: Settings) -> dict[str, Any]:
         raise UserError("--name: expected what the class is called, got nothing")
     if settings.rank and len(settings.support) < 2:
         raise UserError(f"--rank: expected at least two photographs to compare, got {len(settings.support)}")
+    if Path(settings.out).suffix.lower() in SUFFIXES:
+        raise UserError(f"--out {settings.out}: expected the name of a class file, got a picture's; call it .class")
     target, marked = Path(settings.out), bool(settings.point or settings.box or settings.scribble or settings.other)
     if marked and settings.mask:
         raise UserError("--mask: expected masks or marks, got both; leave one of them out")

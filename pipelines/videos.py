@@ -71,7 +71,7 @@ class Film:
     def add(self, picture: Image.Image) -> None:
         """The next picture."""
         if self._size is None:
-            self._size = picture.width // 2 * 2, picture.height // 2 * 2  # the codec halves the colours
+            self._size = max(2, picture.width // 2 * 2), max(2, picture.height // 2 * 2)  # the codec halves the colours
             self._stream.width, self._stream.height = self._size
         frame = _av().VideoFrame.from_ndarray(np.asarray(picture.convert("RGB").resize(self._size)), "rgb24")
         self._container.mux(self._stream.encode(frame))
