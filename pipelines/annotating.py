@@ -139,7 +139,10 @@ class Segment:
         found: list[tuple[SegmentedShard, np.ndarray, np.ndarray]] = []
         outcome = Outcome.of(lambda: found.append(self._segment(batch)))
         if outcome.error is not None:
-            nothing = {"logits": np.zeros((1, 1, 1, 1, 1), np.float16), "presence": np.zeros((1, 1, 1), np.float32)}
+            nothing: dict[str, np.ndarray] = {
+                "logits": np.zeros((1, 1, 1, 1, 1), np.float16),
+                "presence": np.zeros((1, 1, 1), np.float32),
+            }
             return {"outcome": np.array([outcome], object), **nothing}
         seen, logits, presence = found[0]
         return {"outcome": np.array([Outcome(value=seen)], object), "logits": logits[None], "presence": presence[None]}
