@@ -85,6 +85,7 @@ class Film:
 
 def _decoded(path: str) -> Iterator[Any]:
     av = _av()
+    broken = (av.error.FFmpegError, IndexError)  # looked up now, as a reader may be closed when Python ends
     if not Path(path).is_file():
         raise UserError(f"{path}: expected a video on this machine, found no file")
     try:
@@ -92,7 +93,7 @@ def _decoded(path: str) -> Iterator[Any]:
             if not container.streams.video:
                 raise UserError(f"{path}: expected a video, got a file without pictures")
             yield from container.decode(video=0)
-    except (av.error.FFmpegError, IndexError) as error:
+    except broken as error:
         raise UserError(f"{path}: expected a readable video, got: {first_line(error)}") from None
 
 

@@ -168,7 +168,7 @@ def test_label_pictures_of_many_classes_keep_their_numbers(tmp_path):
     [
         (["cat", "cat"], "--class cat: a class called cat is there already"),
         (["a/b", "a b"], "--class a b: a class called a/b is there already"),
-        (["cat", " "], "expected a class with a name"),
+        (["cat", " "], "expected a name in one line"),
     ],
 )
 def test_classes_whose_files_could_not_be_told_apart_are_refused(names, said, tmp_path):

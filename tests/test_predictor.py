@@ -107,7 +107,8 @@ def test_void_in_a_mask_is_no_background(predictor):
     void[:, 72:] = 255
     late = predictor._features([PHOTO])[0][None]
     shares = [F.adaptive_avg_pool2d(torch.from_numpy(void == v).float()[None], 5)[None] for v in (1, 255)]
-    expected = predictor.segmenter.encode_support(late, *shares)
+    with torch.inference_mode():
+        expected = predictor.segmenter.encode_support(late, *shares)
     for one, other in zip(predictor.register([PHOTO], [void]).support, expected, strict=True):
         assert one is other is None or torch.allclose(one, other, atol=1e-5)
     for wrong, said in ((np.full_like(MASK, 7), "100% object"), (np.arange(90) % 9 * np.ones_like(MASK), "one value")):
