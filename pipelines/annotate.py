@@ -92,7 +92,7 @@ def job(settings: Settings) -> dict[str, Any]:
     identity = identity_of(settings, record, wanted)
     plan = annotation.Plan(settings.to, rows, settings.shard_images, identity)
     asked = range(plan.shards if settings.trial is None else min(plan.shards, -(-settings.trial // plan.shard_images)))
-    done, digests = annotation.state(plan)
+    done = annotation.written(plan)
     todo = [shard for shard in asked if shard not in done]
     bad = {image_id: reason for shard in done.values() for image_id, reason in shard.bad.items()}
     extraction.check_bad(bad, {row.sample_id for row in rows}, len(rows), of)
@@ -124,7 +124,7 @@ def job(settings: Settings) -> dict[str, Any]:
         classes=classes,
         out=settings.to,
         shard_images=plan.shard_images,
-        digests=tuple(digests),
+        digests=tuple(plan.digests),
         instances=settings.instances,
         stores=kept,
         gpu=of.actor_gpus > 0,
@@ -136,11 +136,11 @@ def job(settings: Settings) -> dict[str, Any]:
     names = [one.name for one in classes]
     params = {"classes": ", ".join(names), "checkpoint": settings.checkpoint or "the project's own"}
     params |= {"to": settings.to, "shards": str(len(todo))}
-    listed = Input(name, checkpoints.short_digest(digests), settings.images, "test", {"photographs": len(rows)})
+    listed = Input(name, checkpoints.short_digest(plan.digests), settings.images, "test", {"photographs": len(rows)})
     about = About("annotate", name, "+".join(names), params, (listed,))
     speed = annotation.annotate(plan, operators, todo, backbone.res, of, about, settings.tracking_uri)
     annotation.tell(speed, of.actors, len(rows), settings.price)
-    return summary(settings, names, annotation.state(plan)[0].values(), plan.shards)
+    return summary(settings, names, annotation.written(plan).values(), plan.shards)
 
 
 def photographs(place: str) -> dict[str, str]:

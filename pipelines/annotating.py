@@ -8,7 +8,6 @@ import io
 import json
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +19,7 @@ from feature_store import FeatureStore, Row
 from feature_store.schema import text
 from feature_store.storage import open_folder
 from feature_store.urls import redacted
-from pipelines import checkpoints
+from pipelines import checkpoints, cluster
 from pipelines.outcome import Outcome
 from pipelines.outputs import coco_record, parts
 from pipelines.stages import Loaded
@@ -40,7 +39,7 @@ SCHEMA = pa.schema(
         ("presence", pa.float32()),
         ("score", pa.float32()),
         ("area", pa.int64()),
-        ("bbox", pa.list_(pa.float32(), 4)),
+        ("bbox", pa.list_(pa.float32())),  # of a fixed length its nulls could not be read back
         ("rle", pa.string()),
     ]
 )
@@ -167,11 +166,8 @@ class Segment:
 
     def _encoded(self, pixels: np.ndarray) -> tuple[Any, Any]:
         """Late features and embedding of photographs."""
-        import torch
-
         predictor = self.predictor.get()
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.job.precision)
-        with torch.autocast(predictor.device.type, half) if half else nullcontext():
+        with cluster.autocast(self.job.precision, predictor.device):
             return predictor.features(pixels)
 
     def _stored(self, rows: np.ndarray) -> tuple[Any, Any]:

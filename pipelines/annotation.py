@@ -3,6 +3,7 @@
 Operators of the Ray Data job are in annotating.py.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -58,6 +59,7 @@ class Plan:
         """The photographs of a shard."""
         return tuple(self.rows[shard * self.shard_images : (shard + 1) * self.shard_images])
 
+    @functools.cached_property
     def digests(self) -> list[str]:
         """Of each shard's photographs: their ids and sizes in bytes, as far as these can be told."""
         stamps = file_stamps([row.source for row in self.rows])
@@ -69,12 +71,12 @@ class Plan:
         ]
 
 
-def state(plan: Plan) -> tuple[dict[int, WrittenShard], list[str]]:
-    """Shards that are written and of the photographs as they are, and the digests of all.
+def written(plan: Plan) -> dict[int, WrittenShard]:
+    """Shards that are written, and of the photographs as they are.
 
     Raises UserError if the folder holds another annotation.
     """
-    folder, digests = open_folder(plan.out), plan.digests()
+    folder, digests = open_folder(plan.out), plan.digests
     check_identity(folder, plan.identity)
     there = sorted(annotating.finished(plan.out))
     with ThreadPoolExecutor(16) as pool:
@@ -83,7 +85,7 @@ def state(plan: Plan) -> tuple[dict[int, WrittenShard], list[str]]:
     current = {one.shard: one for one in whole if one.shard < len(digests) and one.photographs == digests[one.shard]}
     if others := len(there) - len(current):
         print(f"note: {others} shards are damaged, or of photographs that have changed since", file=sys.stderr)
-    return current, digests
+    return current
 
 
 def check_identity(folder: Folder, identity: Mapping[str, Any]) -> None:
@@ -129,7 +131,7 @@ def annotate(
     with locked(folder) as lock:
         check_identity(folder, plan.identity)
         folder.create(IDENTITY, json.dumps(plan.identity, sort_keys=True).encode())
-        done, _ = state(plan)
+        done = written(plan)
         bad = {image_id: reason for one in done.values() for image_id, reason in one.bad.items()}
         for other in annotating.finished(plan.out) - set(done):
             for name in annotating.files(other):  # the marker comes first

@@ -236,7 +236,8 @@ def device_of(device: Device) -> "torch.device":
 
 
 def autocast(precision: str, device: "torch.device") -> AbstractContextManager:
-    """Autocast to bf16, or nothing for fp32."""
+    """Autocast to bf16 or fp16, or nothing for fp32."""
     import torch
 
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, half) if half else nullcontext()

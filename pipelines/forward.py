@@ -1,12 +1,12 @@
 """A network on its device: whole shards in, features as arrays out."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 
 from fsdino.encoder import to_input
+from pipelines import cluster
 from pipelines.networks import Network
 from pipelines.recipes import Extraction
 
@@ -32,8 +32,7 @@ class Forward:
                 x = to_input(part, self.network.mean, self.network.std)
             else:
                 x = torch.from_numpy(part).movedim(-1, 1).float()
-            half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
-            with torch.autocast(self.device.type, half) if half else nullcontext():
+            with cluster.autocast(self.settings.precision, self.device):
                 features = self.network.features(x.to(self.device), wanted)
             for name in wanted:
                 outputs[name].append(features[name].float().movedim(1, -1).cpu().numpy())

@@ -37,7 +37,7 @@ def divert() -> None:
     if not _terminal or _file:
         return
     path = Path(tempfile.gettempdir()) / f"fsdino-{os.getpid()}-ray.log"
-    file = open(path, "w", buffering=1)  # noqa: SIM115: open as long as the process lives
+    file = open(path, "w", buffering=1)  # open as long as the process lives
     os.dup2(file.fileno(), 2)
     _file.append(file)
     # A shell that waits for this process's end: it speaks unless `end` told it not to.

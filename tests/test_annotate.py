@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -18,7 +19,7 @@ from pycocotools.coco import COCO
 
 from fsdino.errors import UserError
 from fsdino.predictor import Predictor
-from pipelines import annotation
+from pipelines import annotating, annotation
 from tests.conftest import ROOT, flags, run, stop_ray
 
 PHOTOGRAPHS, SHARD = 19, 8
@@ -161,6 +162,14 @@ def test_shards_of_photographs_that_changed_are_written_again_and_no_others(setu
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert [name for name in sorted(after) if after[name] != before.get(name)] == ["part-000002.parquet"]
     assert {row["width"] for row in rows_of(out) if row["image_id"] in (last.name, "new.png")} == {50}
+
+
+def test_a_photograph_that_shows_nothing_is_a_row_that_can_be_read_back(tmp_path):
+    shown = {"image_id": "a", "class": "cat", "area": 6, "bbox": [1.0, 2.0, 3.0, 2.0], "rle": "x"}
+    rows = [shown, {"image_id": "b", "class": "cat", "area": 0, "bbox": None, "rle": None}]
+    pq.write_table(pa.Table.from_pylist(rows, annotating.SCHEMA), tmp_path / "part.parquet")
+    back = pq.read_table(tmp_path / "part.parquet").to_pylist()
+    assert [(row["image_id"], row["bbox"]) for row in back] == [("a", shown["bbox"]), ("b", None)]
 
 
 def test_a_rate_is_counted_from_when_every_actor_has_written_a_shard():

@@ -106,6 +106,7 @@ def photograph(path, seed):
     Image.fromarray(pixels).save(path)
 
 
+@pytest.mark.slow
 def test_changed_photographs_are_named_and_refreshed_and_new_ones_added(tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
