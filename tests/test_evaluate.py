@@ -41,7 +41,7 @@ def checkpoint(whole_run):
     "tasks", [2, pytest.param(4, marks=pytest.mark.slow)]
 )  # half a core each, so that two cores carry four
 def test_any_number_of_processes_counts_the_same(whole_run, places, tmp_path, checkpoint, tasks):
-    many = [*checkpoint, "--episodes", 80, "--seeds", 2]
+    many = [*checkpoint, "--episodes", 24, "--seeds", 2]
     one = evaluate(elsewhere(places, tmp_path / "one"), *many)
     several = evaluate(elsewhere(places, tmp_path / "several"), *many, "--tasks", tasks, "--task-cpus", 0.5)
     assert {m: several[m] for m in MEASURES} == {m: one[m] for m in MEASURES}

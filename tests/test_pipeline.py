@@ -298,6 +298,7 @@ def test_a_run_with_other_settings_is_not_overwritten(whole_run, places):
         run("train_episodic", *flags(places), "--fold", FOLD, "--lr", 0.5, "--name", f"fold{FOLD}-4d")
 
 
+@pytest.mark.slow
 def test_a_model_of_all_classes_with_all_that_offline_adds_is_trained_and_used_but_not_tested_here(
     whole_run, places, shapes_root, tmp_path
 ):
