@@ -95,7 +95,15 @@ def resize_square(image: Image.Image, res_px: int) -> UInt8[np.ndarray, "r r 3"]
 
 def decoded(path: Source, use: Callable[[Image.Image], Image.Image] = lambda image: image) -> Image.Image:
     """What `use` makes of the image at a path or URL. Whatever a decoder makes of a bad file is the file's fault."""
-    data = _bytes(path)
+    return _decoded(_bytes(path), str(path), use)
+
+
+def image_of(data: bytes, name: str) -> Image.Image:
+    """As `read_image`, of a file's bytes; errors call it by the name."""
+    return _decoded(data, name, lambda image: to_rgb(image, name))
+
+
+def _decoded(data: bytes, name: str, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         raw, deep = str([tile[3] for tile in getattr(image, "tile", ())]), _is_deep_colour(image)
@@ -111,10 +119,10 @@ def decoded(path: Source, use: Callable[[Image.Image], Image.Image] = lambda ima
     except UnidentifiedImageError:
         reason = "not an image of a known format"
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: expected an image of at most 178 megapixels, got more ({error}); scale it") from None
+        raise UserError(f"{name}: expected an image of at most 178 megapixels, got more ({error}); scale it") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, OverflowError and more
         reason = first_line(error)
-    raise UserError(f"{path}: expected a readable image, got: {reason}; convert it to JPEG or PNG")
+    raise UserError(f"{name}: expected a readable image, got: {reason}; convert it to JPEG or PNG")
 
 
 def _is_deep_colour(image: Image.Image) -> bool:

@@ -13,7 +13,7 @@ case "$1" in
         backend=""
         [ "${TORCH:-cuda}" = cuda ] || backend="--torch-backend=$TORCH"
         # shellcheck disable=SC2086
-        "$VIRTUAL_ENV/bin/uv" pip compile --quiet --no-header --no-annotate --no-emit-index-url --extra offline $backend \
+        "$VIRTUAL_ENV/bin/uv" pip compile --quiet --no-header --no-annotate --no-emit-index-url --extra offline --extra serve $backend \
             --constraint constraints.txt pyproject.toml -o "$VIRTUAL_ENV/requirements.txt"
         # shellcheck disable=SC2086
         "$VIRTUAL_ENV/bin/uv" pip install $backend --requirement "$VIRTUAL_ENV/requirements.txt"

@@ -1,12 +1,19 @@
 """Classes of a user's own: photographs with masks, read and checked."""
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import fsspec
+
+from feature_store.urls import is_url
 from fsdino.data.masks import read_mask
-from fsdino.errors import UserError, first_line
+from fsdino.errors import UserError, first_line, reachable
 from fsdino.preprocess import read_image
 from pipelines import geo, videos
 
@@ -59,6 +66,7 @@ def read_classes(classes: Sequence[Sequence[str]], mask_value: int | None) -> li
             raise UserError("--class: expected a class file, or a name and PHOTOGRAPH=MASK, got nothing")
         name, *pairs = entry
         if not pairs:
+            name = fetched(name) if is_url(name) else name
             found.append(Examples(name_of(name), (), [], name))
             continue
         if all(Path(part).is_file() for part in name.rpartition("=")[::2]):
@@ -70,6 +78,20 @@ def read_classes(classes: Sequence[Sequence[str]], mask_value: int | None) -> li
         supports, masks = tuple(photograph for photograph, _, _ in split), [mask for _, _, mask in split]
         found.append(Examples(name, supports, read_masks(supports, masks, mask_value)))
     return found
+
+
+@functools.cache
+def fetched(url: str) -> str:
+    """A copy of a class file on this machine, for as long as the process lives. Raises UserError if there is none."""
+    folder = tempfile.mkdtemp(prefix="fsdino-class-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / Path(url).name
+    try:
+        with reachable(f"--class {url}"), fsspec.open(url, "rb") as file:
+            path.write_bytes(file.read())
+    except FileNotFoundError:
+        raise UserError(f"--class {url}: expected a class file, found nothing there") from None
+    return str(path)
 
 
 def name_of(file: str) -> str:

@@ -170,7 +170,7 @@ class Video:
         """See Writer."""
         if self.film is None:
             self.film = videos.Film(self.shared[0], self.rate)
-        self.film.add(_overlay(found, self.names))
+        self.film.add(overlay(found, self.names))
 
     def close(self) -> None:
         """See Writer."""
@@ -198,8 +198,8 @@ def writers(
         raise UserError(f"--class: expected at most {MOST_LABELS} classes, got {len(names)}; look for them in parts")
     made: dict[str, Callable[[], Writer]] = {
         "mask": lambda: Pictures(out, names, ".png", lambda f, n: _binary(f.masks[n]), each=True),
-        "labels": lambda: Pictures(out, names, "_labels.png", lambda f, _: _labels(f.labels), each=False),
-        "overlay": lambda: Pictures(out, names, "_overlay.jpg", lambda f, _: _overlay(f, names), each=False),
+        "labels": lambda: Pictures(out, names, "_labels.png", lambda f, _: labels(f), each=False),
+        "overlay": lambda: Pictures(out, names, "_overlay.jpg", lambda f, _: overlay(f, names), each=False),
         "probability": lambda: Pictures(out, names, "_probability.png", lambda f, n: _grey(f.logits[n]), each=True),
         "coco": lambda: Coco(out, names, instances),
         "yolo": lambda: Yolo(out, names),
@@ -306,8 +306,9 @@ def _binary(mask: np.ndarray) -> Image.Image:
     return Image.fromarray(mask.astype(np.uint8) * 255)
 
 
-def _labels(labels: np.ndarray) -> Image.Image:
-    picture, colours = Image.fromarray(labels), panels.COLOURS
+def labels(found: Found) -> Image.Image:
+    """A PNG whose values are classes, with their colours."""
+    picture, colours = Image.fromarray(found.labels), panels.COLOURS
     every = [colours[number % len(colours)] for number in range(255)]  # all 256, or PNG would pack fewer bits
     picture.putpalette([0, 0, 0, *(value for colour in every for value in colour)])
     return picture
@@ -320,7 +321,8 @@ def _grey(logits: np.ndarray) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _overlay(found: Found, names: Sequence[str]) -> Image.Image:
+def overlay(found: Found, names: Sequence[str]) -> Image.Image:
+    """The photograph with its masks, named and scored."""
     captions = [f"{name} {score:.2f}" for name, score in zip(names, found.scores, strict=True)]
     return panels.overlaid(found.image, found.apart, captions)
 

@@ -2,7 +2,7 @@
 
 A type, a set of allowed values, a list of one kind of element, or a dict of fields; `!` marks what must be there, and
 what is not listed counts as misspelt. `FSDINO_TEST_CRDS` names a folder with the publishers' own CRDs (KubeRay 1.7:
-ray.io_rayclusters.yaml, ray.io_rayjobs.yaml), which the manifests are then held against as well.
+ray.io_rayclusters.yaml, rayjobs and rayservices), which the manifests are then held against as well.
 """
 
 from collections.abc import Iterator
@@ -49,6 +49,7 @@ JOB = {
     "suspend": bool,
     "rayClusterSpec!": CLUSTER,
 }
+SERVICE = {"serveConfigV2!": str, "excludeHeadPodFromServeSvc": bool, "rayClusterConfig!": CLUSTER}
 QUOTA = {"name!": str, "nominalQuota!": (int, str)}
 MONITOR = {
     "selector!": {"matchExpressions!": [{"key!": str, "operator!": str, "values!": list}]},
@@ -59,6 +60,7 @@ MONITOR = {
 SPECS = {
     ("ray.io/v1", "RayCluster"): CLUSTER,
     ("ray.io/v1", "RayJob"): JOB,
+    ("ray.io/v1", "RayService"): SERVICE,
     ("kueue.x-k8s.io/v1beta2", "ResourceFlavor"): None,
     ("kueue.x-k8s.io/v1beta2", "LocalQueue"): {"clusterQueue!": str},
     ("kueue.x-k8s.io/v1beta2", "ClusterQueue"): {

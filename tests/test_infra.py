@@ -17,9 +17,10 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from fsdino.errors import UserError
-from pipelines import cli
+from pipelines import cli, serve
 from tests.conftest import ROOT
 from tests.ray_crds import SPECS, faults, strict
 
@@ -32,6 +33,7 @@ FOLDERS = sorted(
 )
 JOBS = {path.name.replace("-", "_") for path in (KUBERAY / "jobs").iterdir()} - {"template"}
 STEPS = {"extract_teacher", "extract_features", "distill", "bake_embeddings", "train_episodic", "evaluate", "reproduce"}
+ON_PHOTOGRAPHS = {"annotate"}
 
 
 def rendered(folder):
@@ -67,7 +69,8 @@ def by_kubernetes(thing):
 
 def cluster_of(thing):
     spec = thing.get("spec", {})
-    return spec.get("rayClusterSpec", spec if thing["kind"] == "RayCluster" else None)
+    inside = spec.get("rayClusterSpec", spec.get("rayClusterConfig"))
+    return spec if thing["kind"] == "RayCluster" else inside
 
 
 def templates(thing):
@@ -84,9 +87,8 @@ def everything():
 
 
 def test_every_manifest_is_valid(everything):
-    assert {"base", "jobs/reproduce", "overlays/services", "overlays/queued", "overlays/fault-tolerant"} <= set(
-        everything
-    )
+    overlays = {f"overlays/{name}" for name in ("services", "queued", "fault-tolerant")}
+    assert overlays | {"base", "jobs/reproduce", "serve"} <= set(everything)
     wrong = {(f, t["kind"]): invalid(t) for f, things in everything.items() for t in things if invalid(t)}
     assert wrong == {}
 
@@ -166,8 +168,8 @@ def test_clusters_have_the_pinned_ray_a_head_without_work_and_requests_equal_to_
 
 
 def test_every_step_has_a_job_whose_command_our_own_command_line_takes(everything):
-    assert JOBS == STEPS
-    for step in STEPS:
+    assert JOBS == STEPS | ON_PHOTOGRAPHS
+    for step in JOBS:
         (job,) = [t for t in everything[f"jobs/{step.replace('_', '-')}"] if t["kind"] == "RayJob"]
         (settings,) = [t for t in everything["jobs/reproduce"] if t["kind"] == "ConfigMap"]
         assert job["metadata"]["name"] == step.replace("_", "-") and len(job["metadata"]["name"]) <= 47
@@ -175,8 +177,26 @@ def test_every_step_has_a_job_whose_command_our_own_command_line_takes(everythin
         assert job["spec"]["entrypointNumCpus"] == 1
         parsed = parse(string.Template(job["spec"]["entrypoint"]).substitute(settings["data"]))
         assert type(parsed).__module__ in (f"pipelines.{step}", "pipelines.sequence")
-        assert parsed.places.store == "s3://features" and parsed.places.data.startswith("s3://data/")
+        store, read = (
+            (parsed.store, parsed.images) if step in ON_PHOTOGRAPHS else (parsed.places.store, parsed.places.data)
+        )
+        assert store == "s3://features" and read.startswith("s3://data/")
         assert within(parsed, job["spec"]["rayClusterSpec"])
+
+
+def test_the_service_takes_flags_of_serve_and_fits_the_cluster(everything):
+    (service,) = [t for t in everything["serve"] if t["kind"] == "RayService"]
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(config)
+    (app,) = config["applications"]
+    module, _, builder = app["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), builder))
+    parsed = cli.parse(serve.Settings, shlex.split(app["args"]["flags"]))
+    assert parsed.gpu and [name for (name,) in parsed.classes] == ["s3://classes/cat.class", "s3://classes/dog.class"]
+    groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (gpus,) = [group for group in groups if group["groupName"] == "gpu"]
+    limits = gpus["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert parsed.most_replicas <= gpus["maxReplicas"] and parsed.replica_cpus <= int(limits["cpu"])
 
 
 def within(settings, cluster):
@@ -188,8 +208,8 @@ def within(settings, cluster):
     gpus = sum(count * int(limits.get("nvidia.com/gpu", 0)) for count, limits in groups)
     cpus = sum(count * int(limits["cpu"]) for count, limits in groups)
     wanted = []
-    if hasattr(settings, "extraction"):
-        of = settings.extraction
+    of = getattr(settings, "extraction", getattr(settings, "work", None))
+    if of is not None:
         wanted.append((of.actors * of.actor_cpus + of.decode_cpus, of.actors * of.actor_gpus))
     if hasattr(settings, "workers"):
         wanted.append((settings.workers.workers * settings.workers.worker_cpus, settings.workers.workers))

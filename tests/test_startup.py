@@ -34,7 +34,7 @@ def loaded_by(name: str, *arguments: object) -> set[str]:
 
 
 def test_every_command_is_known():
-    assert len(COMMANDS) == 17 and {"reproduce", "predict", "train_episodic"} < set(COMMANDS)
+    assert len(COMMANDS) == 18 and {"reproduce", "predict", "train_episodic"} < set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
