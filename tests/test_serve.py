@@ -38,7 +38,7 @@ def encoding(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(encoding, tmp_path_factory):
     port, log = free_port(), tmp_path_factory.mktemp("service") / "log"
-    line = [sys.executable, "-m", "pipelines.serve", "--class", str(encoding[0]), "--port", str(port)]
+    line = [sys.executable, "-m", "pipelines.serve", "--class", encoding[0].as_uri(), "--port", str(port)]
     environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with open(log, "w") as said:
         service = subprocess.Popen(line, cwd=ROOT, env=environ, stdout=said, stderr=said)
