@@ -30,6 +30,7 @@ from fsdino.encoder import Encoder, encoder_of_checkpoint, to_input
 from fsdino.errors import UserError
 from fsdino.neighbours import Annotated, padded
 from fsdino.preprocess import Source, read_image, resize_square, to_rgb
+from fsdino.presence import lag
 from fsdino.prompts import mask_to_grid
 from fsdino.segmenter import Prediction, Segmenter, SupportEncoding
 from fsdino.state import state_digest
@@ -60,6 +61,8 @@ class Logits(NamedTuple):
     """At 4 times the grid, where the model has one."""
     scores: Float[np.ndarray, "n"]
     """As in Segmentation."""
+    lag: Float[np.ndarray, "n"]
+    """What is taken from each class's logits before a pixel goes to the largest; 0 of a model without `presence`."""
 
 
 class Rank(NamedTuple):
@@ -261,8 +264,12 @@ class Predictor:
             size = (height, width)
             mask = F.interpolate(predicted.mask_logits, size=size, mode="bilinear", align_corners=False)[:, 0].cpu()
         prior, known = predicted.prior_logits, [one for one in presence if one is not None]
-        scores = torch.stack(known).amax(0).float().cpu().numpy() if known else self._sureness(mask)
-        return Logits(mask, None if prior is None else prior[:, 0].cpu(), scores)
+        if known:
+            shown = torch.stack(known).amax(0).float().cpu()
+            scores, behind = shown.numpy(), lag(shown).numpy()
+        else:
+            scores, behind = self._sureness(mask), np.zeros(len(mask), np.float32)
+        return Logits(mask, None if prior is None else prior[:, 0].cpu(), scores, behind)
 
     def _predicted(self, image: "_Encoded", support: SupportEncoding) -> Prediction:
         """Every class in one square."""

@@ -10,6 +10,8 @@ from fsdino.prompts import EPS
 
 OF_GROUP = 5
 OF_MASK = 2
+LEAD = 4.0
+"""How much the presence of classes weighs where they are told apart, in logits of a pixel per log-odds."""
 
 
 class Presence(nn.Module):
@@ -38,6 +40,14 @@ class Presence(nn.Module):
         """Probabilities."""
         standard = (evidence - self.mean) / self.deviation
         return (standard @ self.weight + self.bias).sigmoid()
+
+
+def lag(presence: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+    """By how much the logits of n classes in one image are lowered before a pixel goes to the largest of them: LEAD
+    times the log-odds of presence that a class is behind the most probable one. By themselves the logits do not
+    compare, as each class's supports find whatever is most like them."""
+    odds = presence.double().logit(1e-6)
+    return (LEAD * (odds.amax(-1, keepdim=True) - odds)).float()
 
 
 @torch.no_grad()

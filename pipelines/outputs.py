@@ -37,6 +37,8 @@ class Found:
     """(n, h, w) float32, or float16 of a photograph that was looked at in tiles."""
     scores: np.ndarray
     """(n,), as the predictor's."""
+    lag: np.ndarray
+    """(n,), likewise."""
 
     @functools.cached_property
     def masks(self) -> np.ndarray:
@@ -45,9 +47,10 @@ class Found:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """(h, w): 1 to n, the class of the largest logit; 0 where none is above 0."""
+        """(h, w): 1 to n, the class of the largest logit less its lag; 0 where none is above 0."""
         found, best = np.zeros(self.logits.shape[1:], np.uint8), np.zeros_like(self.logits[0])
-        for number, logits in enumerate(self.logits, start=1):
+        for number, (logits, behind) in enumerate(zip(self.logits, self.lag, strict=True), start=1):
+            logits = logits - behind if behind else logits
             found[logits > best] = number
             best = np.maximum(best, logits)
         return found

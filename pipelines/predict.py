@@ -259,7 +259,7 @@ def segmented(
         else:
             predictor.set_image(opened[0][2], settings.tile, settings.overlap)
         for (path, stem, image), of_image in zip(opened, predictor.logits(classes), strict=True):
-            found = Found(path, stem, image, of_image.mask.numpy(), of_image.scores)
+            found = Found(path, stem, image, of_image.mask.numpy(), of_image.scores, of_image.lag)
             yield found, None if of_image.prior is None else of_image.prior[0].sigmoid().numpy()
 
 

@@ -22,6 +22,7 @@ from fsdino.data.episodes import Episode
 from fsdino.data.views import View, draw_view
 from fsdino.matching import positional_basis
 from fsdino.metrics import Counts, FewShotScore, boundary_of, count
+from fsdino.presence import lag
 from fsdino.segmenter import Prediction
 from fsdino.state import sam_prompt_state
 from pipelines import checkpoints, cluster, heap, live, methods, panels
@@ -104,7 +105,7 @@ class Scorer:
         with ThreadPoolExecutor(1) as pool, torch.inference_mode():
             waiting: list[Future[list[EpisodeScore]]] = []
             for numbers, batch, predicted in self._predicted(seed, indices):
-                waiting.append(pool.submit(self._count, numbers, batch, predicted.mask_logits))
+                waiting.append(pool.submit(self._count, numbers, batch, predicted))
                 if len(waiting) > AHEAD:
                     scores += waiting.pop(0).result()
             for one in waiting:
@@ -142,8 +143,11 @@ class Scorer:
         for chunk, batch in zip(numbers, self.loader.ahead(iter(drawn)), strict=True):
             yield chunk, list(batch.episodes), methods.predict(self.method, batch.to(self.device), self.job.vote)
 
-    def _count(self, numbers: list[int], episodes: list[Episode], logits: Tensor) -> list[EpisodeScore]:
-        ways, of_all = self.job.ways, logits.float().cpu()
+    def _count(self, numbers: list[int], episodes: list[Episode], predicted: Prediction) -> list[EpisodeScore]:
+        ways, of_all = self.job.ways, predicted.mask_logits.float().cpu()
+        if ways > 1 and predicted.presence is not None:
+            behind = lag(predicted.presence.cpu().unflatten(0, (-1, ways))).flatten()
+            of_all = of_all - behind[:, None, None, None]
         with torch.inference_mode():
             return [
                 score

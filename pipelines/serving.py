@@ -107,7 +107,7 @@ class Service:
     def _find(self, images: "list[Image.Image]") -> list[outputs.Found]:
         self.predictor.set_images(images)
         found = zip(images, self.predictor.logits(self.classes), strict=True)
-        return [outputs.Found("", "", image, of.mask.numpy(), of.scores) for image, of in found]
+        return [outputs.Found("", "", image, of.mask.numpy(), of.scores, of.lag) for image, of in found]
 
 
 def application(args: dict[str, str]) -> serve.Application:

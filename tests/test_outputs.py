@@ -1,6 +1,7 @@
 """What `predict` writes, read by the tools it is for, or by parsers of our own that share no code with the writers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def found():
     masks = drawn()
     logits = np.where(masks, np.array([2.0, 3.0])[:, None, None], -4.0).astype(np.float32)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
-    return Found("photos/a.jpg", "a", image, logits, np.array([0.88, 0.95]))
+    return Found("photos/a.jpg", "a", image, logits, np.array([0.88, 0.95]), np.zeros(2))
 
 
 def written(found, tmp_path, *formats, instances=False, times=1):
@@ -125,8 +126,16 @@ def test_an_outline_of_a_rectangle_at_the_border_follows_its_sides():
     assert points[:, 1].min() == 6
 
 
+def test_a_class_that_is_far_less_probable_gets_no_pixel_that_another_claims(found):
+    cat, dog = drawn()
+    behind = replace(found, lag=np.array([0.0, 1.5]))  # 3 - 1.5 is less than the cat's 2, but above 0
+    assert np.array_equal(behind.labels, np.where(cat, 1, np.where(dog, 2, 0)))
+    assert np.array_equal(replace(found, lag=np.array([0.0, 3.5])).labels, cat.astype(int))
+
+
 def test_a_class_that_is_nowhere_has_no_object_and_a_line_for_nothing(tmp_path):
-    nothing = Found("b.jpg", "b", Image.new("RGB", (8, 6)), np.full((2, 6, 8), -1, np.float32), np.zeros(2))
+    logits, none = np.full((2, 6, 8), -1, np.float32), np.zeros(2)
+    nothing = Found("b.jpg", "b", Image.new("RGB", (8, 6)), logits, none, none)
     files, (annotations, _) = written(nothing, tmp_path, "mask", "labels", "overlay", "coco", "yolo")
     assert json.loads(annotations.read_text())["annotations"] == [] and (tmp_path / "b.txt").read_text() == ""
     assert not np.array(Image.open(tmp_path / "b_labels.png")).any() and all(path.exists() for path in files)
@@ -158,7 +167,7 @@ def test_label_pictures_of_many_classes_keep_their_numbers(tmp_path):
     for n in range(20):
         logits[n, :, n] = 1
     writer = writers(["labels"], tmp_path, names, False)[0]
-    writer.add(Found("a.jpg", "a", Image.new("RGB", (20, 5)), logits, np.ones(20)))
+    writer.add(Found("a.jpg", "a", Image.new("RGB", (20, 5)), logits, np.ones(20), np.zeros(20)))
     with Image.open(tmp_path / "a_labels.png") as picture:
         assert np.array_equal(np.array(picture)[0], np.arange(1, 21))
 

@@ -1,6 +1,7 @@
 """The presence score: evidence against loops, the regression against scikit-learn's, and what fitting promises."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from fsdino.config import SegmenterConfig, SegmenterShape
 from fsdino.errors import UserError
 from fsdino.neighbours import Annotated
-from fsdino.presence import OF_GROUP, OF_MASK, Presence, evidence
+from fsdino.presence import OF_GROUP, OF_MASK, Presence, evidence, lag
 from fsdino.segmenter import Prediction, Segmenter
 from pipelines import presence_fit
 from pipelines.presence_fit import LOSS, Regression, Seen, fit
@@ -121,3 +122,10 @@ def test_presence_needs_neighbours_and_is_saved(tmp_path):
     loaded = Segmenter.load(tmp_path)[0]
     assert loaded.threshold == pytest.approx(0.3) and torch.equal(loaded.presence.weight, model.presence.weight)
     assert isinstance(loaded.presence, Presence) and not list(loaded.presence.parameters())
+
+
+def test_a_class_lags_by_four_times_its_log_odds_behind_the_most_probable():
+    odds = torch.tensor([[9.0, 1.0, 1 / 4], [1.0, 1.0, 1.0]])
+    expected = 4 * torch.tensor([[0.0, math.log(9), math.log(36)], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(lag(odds / (1 + odds)), expected, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(lag(torch.tensor([0.0, 1.0]))).all()
