@@ -210,6 +210,14 @@ class Predictor:
         encoded = zip(*(x.split(1) for x in self._features(opened)), strict=True)
         self._images = [_Encoded(image.size, *features) for image, features in zip(opened, encoded, strict=True)]
 
+    @torch.inference_mode()
+    def set_features(
+        self, sizes: Sequence[tuple[int, int]], late: Float[Tensor, "b c g g"], early: Float[Tensor, "b e g g"]
+    ) -> None:
+        """As `set_images`, for photographs of these (width, height) whose features the encoder computed before."""
+        encoded = zip(late.split(1), self.segmenter.embed(early).split(1), strict=True)
+        self._images = [_Encoded(size, *features) for size, features in zip(sizes, encoded, strict=True)]
+
     def segment(self, classes: Sequence[ClassEncoding]) -> Segmentation:
         """Each class's mask, (n, height, width) at the size of the image that `set_image` got, and its score (n,).
 

@@ -23,6 +23,7 @@ from pipelines import checkpoints, cluster
 from pipelines.outcome import Outcome
 from pipelines.outputs import coco_record, parts
 from pipelines.stages import Loaded
+from pipelines.stored import channels_first
 
 if TYPE_CHECKING:
     from fsdino.predictor import ClassEncoding
@@ -177,10 +178,7 @@ class Segment:
         assert self.job.stores is not None
         predictor = self.predictor.get()
         with torch.inference_mode():
-            late, early = (
-                torch.from_numpy(np.nan_to_num(store.read(rows.tolist()))).movedim(-1, 1).float().to(predictor.device)
-                for store in self.job.stores
-            )
+            late, early = (channels_first(store, rows.tolist(), predictor.device) for store in self.job.stores)
             return late, predictor.segmenter.embed(early)
 
     def _known(self, loaded: Loaded, late: FeatureStore, early: FeatureStore) -> tuple[Loaded, np.ndarray, np.ndarray]:

@@ -32,12 +32,12 @@ from pipelines.outcome import Outcome
 from pipelines.recipes import Backbone, Extraction
 from pipelines.runs import About, Input
 from pipelines.stages import Decode, Item, Loaded, Unit
+from pipelines.stored import FEATURES
 
 if TYPE_CHECKING:
     from fsdino.predictor import ClassEncoding
 
 IDENTITY = "annotation.json"
-FEATURES = ("late", "early")
 
 
 @dataclass(frozen=True)

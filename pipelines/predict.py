@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from fsdino.predictor import ClassEncoding, Predictor
     from pipelines.outputs import Found
+    from pipelines.stored import StoredFeatures
 
 MOST_PIXELS = 10**9
 PANEL, PANEL_ROWS, RESULTS = "panel.png", 50, "results.jsonl"
@@ -75,6 +76,9 @@ class Settings:
     much larger than the network's square, with small objects."""
     overlap: Annotated[float, Range(0, 0.9)] = 0.25
     """Share of a tile's side that the next one shows as well."""
+    store: Place | None = None
+    """Root of feature stores, in which `annotate --keep-features` of the same folder kept its photographs' features:
+    for those the encoder does not run."""
     out: Folder = "outputs/masks"
     """Folder on this machine for what is written."""
     encoder_weights: Weights | None = None
@@ -109,7 +113,16 @@ def job(settings: Settings) -> dict[str, Any]:
     inputs += [pair.rpartition("=")[2] for _, *pairs in settings.classes for pair in pairs]
     stems = outputs.stems(queries, writers, (out / PANEL, out / RESULTS), inputs)
     checkpoint = checkpoints.chosen(settings.checkpoint)
-    checkpoints.read_record(checkpoint, "segmenter")
+    record = checkpoints.read_record(checkpoint, "segmenter")
+    stored = None
+    if settings.store is not None:
+        if settings.tile is not None:
+            raise UserError("--store, --tile: stores have no features of tiles; leave one of them out")
+        from pipelines.stored import StoredFeatures
+
+        stored = StoredFeatures(settings.store, settings.query, record)
+        known = sum(query in stored for query in queries)
+        print(f"features of {known} of {len(queries)} photographs come from {settings.store}", file=sys.stderr)
 
     from pipelines import panels
 
@@ -125,7 +138,7 @@ def job(settings: Settings) -> dict[str, Any]:
     try:
         with open(out / RESULTS, "w") as lines:
             photographs = list(zip(queries, stems, strict=True))
-            for found, prior in segmented(predictor, classes, photographs, settings, unread):
+            for found, prior in segmented(predictor, classes, photographs, settings, unread, stored):
                 for writer in writers:
                     writer.add(found)
                 line = line_of(found, names, [str(path) for writer in writers for path in writer.paths(found.stem)])
@@ -240,6 +253,7 @@ def segmented(
     queries: Sequence[tuple[str, str]],
     settings: Settings,
     unread: list[str],
+    stored: "StoredFeatures | None",
 ) -> "Iterator[tuple[Found, np.ndarray | None]]":
     """What each photograph shows, and the first class's prior; reasons why others cannot be read go to `unread`."""
     from pipelines.outputs import Found
@@ -254,7 +268,10 @@ def segmented(
                 unread.append(first_line(error))
         if not opened:
             continue
-        if settings.tile is None:
+        if stored is not None and all(path in stored for path, _, _ in opened):
+            features = stored.read([path for path, _, _ in opened], predictor.device)
+            predictor.set_features([image.size for _, _, image in opened], *features)
+        elif settings.tile is None:
             predictor.set_images([image for _, _, image in opened])
         else:
             predictor.set_image(opened[0][2], settings.tile, settings.overlap)

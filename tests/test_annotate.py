@@ -180,7 +180,9 @@ def test_a_rate_is_counted_from_when_every_actor_has_written_a_shard():
 
 
 @pytest.mark.slow
-def test_features_that_are_kept_give_the_same_masks_and_are_computed_once(annotated, setup, tmp_path, capsys):
+def test_features_that_are_kept_give_the_same_masks_and_are_computed_once(
+    annotated, setup, photos, tmp_path, capsys, monkeypatch
+):
     stored = [*setup, "--keep-features", "--store", tmp_path / "stores"]
     run("annotate", *stored, "--to", tmp_path / "first")
     for one, other in zip(rows_of(annotated[0]), rows_of(tmp_path / "first"), strict=True):
@@ -192,6 +194,21 @@ def test_features_that_are_kept_give_the_same_masks_and_are_computed_once(annota
     run("annotate", *stored, "--instances", "--to", tmp_path / "second")
     assert "nothing to do" in capsys.readouterr().err, "features were computed again"
     assert len(rows_of(tmp_path / "second")) >= len(rows_of(tmp_path / "first"))
+    classes = [word for at, word in enumerate(setup) if "--class" in (word, setup[at - 1])]
+    line = [*setup[:2], "--query", photos, *classes, "--out", tmp_path / "masks", "--format", "coco"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "set_images", None)  # so that it fails if the encoder runs
+        with pytest.raises(UserError, match=r"1 of 19 photographs were not segmented; the first: .*broken\.png"):
+            run("predict", *line, "--store", tmp_path / "stores")
+    made = COCO(tmp_path / "masks" / "annotations.json")
+    ids = {(image["file_name"], c["name"]): (i, k) for i, image in made.imgs.items() for k, c in made.cats.items()}
+    for row in rows_of(tmp_path / "first"):
+        image, category = ids[row["source"], row["class"]]
+        found = made.loadAnns(made.getAnnIds([image], [category]))
+        mask = made.annToMask(found[0]) if found else np.zeros((row["height"], row["width"]), np.uint8)
+        assert (mask != decoded(row)).mean() < 0.005
+    with pytest.raises(UserError, match=r"expected features of the photographs at .*, found none"):
+        run("predict", *line, "--store", tmp_path / "nothing")
 
 
 def test_a_trial_annotates_a_few_of_a_list_and_says_what_all_take(setup, photos, tmp_path, capsys):
