@@ -62,7 +62,8 @@ class Logits(NamedTuple):
     scores: Float[np.ndarray, "n"]
     """As in Segmentation."""
     lag: Float[np.ndarray, "n"]
-    """What is taken from each class's logits before a pixel goes to the largest; 0 of a model without `presence`."""
+    """What is taken from each class's logits where a pixel that several claim goes to the largest; 0 of a model without
+    `presence`."""
 
 
 class Rank(NamedTuple):
@@ -84,12 +85,18 @@ class ClassEncoding:
     segmenter: str
     """Digest of the segmenter's weights and config."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(part.nbytes for part in self._state().values())
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {key: value for key, value in self.support._asdict().items() if isinstance(value, Tensor)}
+        return state if self.support.annotated is None else state | self.support.annotated._asdict()
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, with name, shots and segmenter in its header."""
-        state = {key: value for key, value in self.support._asdict().items() if isinstance(value, Tensor)}
-        if self.support.annotated is not None:
-            state |= self.support.annotated._asdict()
-        state = {key: value.cpu().contiguous() for key, value in state.items()}
+        state = {key: value.cpu().contiguous() for key, value in self._state().items()}
         record = {"name": self.name, "shots": self.shots, "segmenter": self.segmenter}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -128,6 +135,7 @@ class Predictor:
         config = json.dumps(segmenter.config.record(), sort_keys=True)
         self.digest = hashlib.sha256(f"{state_digest(segmenter)} {config}".encode()).hexdigest()[:16]
         self._images: list[_Encoded] = []
+        self._batched: tuple[Sequence[ClassEncoding], SupportEncoding] | None = None
 
     @classmethod
     def load(
@@ -323,17 +331,21 @@ class Predictor:
             )
 
     def _support(self, classes: Sequence[ClassEncoding]) -> SupportEncoding:
-        """All classes in one batch."""
+        """All classes in one batch; that of the last classes is kept."""
+        if self._batched is not None and list(map(id, self._batched[0])) == list(map(id, classes)):
+            return self._batched[1]
         self.check(classes)
         supports = [c.support.to(self.device) for c in classes]
         kernels = [s.kernel for s in supports if s.kernel is not None]
         positions = [s.annotated for s in supports if s.annotated is not None]
-        return SupportEncoding(
+        batched = SupportEncoding(
             prototype=torch.cat([s.prototype for s in supports]),
             prompt=torch.cat([s.prompt for s in supports]),
             kernel=torch.cat(kernels) if kernels else None,
             annotated=padded(positions) if positions else None,
         )
+        self._batched = tuple(classes), batched
+        return batched
 
     def _features(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         return self.features(np.stack([resize_square(image, self.res_px) for image in images]))

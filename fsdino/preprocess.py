@@ -22,6 +22,8 @@ Source = str | Path | UPath
 """A path of this machine, or any fsspec URL."""
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .heic .heif .avif .jp2 .ppm .pgm".split())
 """What counts as a photograph in a folder; a glob takes whatever it matches. Unsupported ones are found on reading."""
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "PPM")
+"""Pillow's names of formats that are decoded for strangers."""
 ORIENTATION = 0x0112  # EXIF's tag
 DEEP = "16-bit colour"
 """In an image's info: whether its file has 16 bits for each colour channel."""
@@ -98,8 +100,19 @@ def decoded(path: Source, use: Callable[[Image.Image], Image.Image] = lambda ima
     return _decoded(_bytes(path), str(path), use)
 
 
-def image_of(data: bytes, name: str) -> Image.Image:
-    """As `read_image`, of a file's bytes; errors call it by the name."""
+def image_of(data: bytes, name: str, most_pixels: int) -> Image.Image:
+    """As `read_image`, of a stranger's bytes: in one of FORMATS, and of at most so many pixels, which is checked before
+    any is decoded. Errors call it by the name."""
+    Image.init()
+    try:
+        with Image.open(io.BytesIO(data), formats=[one for one in FORMATS if one in Image.OPEN]) as image:
+            pixels = image.width * image.height
+    except Exception as error:  # as in `_decoded`
+        told = "none of a known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UserError(f"{name}: expected a readable image, got {told}; convert it to JPEG or PNG") from None
+    if pixels > most_pixels:
+        millions = f"{most_pixels / 1e6:g} megapixels, got {pixels / 1e6:.0f}"
+        raise UserError(f"{name}: expected an image of at most {millions}; scale it")
     return _decoded(data, name, lambda image: to_rgb(image, name))
 
 

@@ -43,9 +43,9 @@ class Presence(nn.Module):
 
 
 def lag(presence: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
-    """By how much the logits of n classes in one image are lowered before a pixel goes to the largest of them: LEAD
-    times the log-odds of presence that a class is behind the most probable one. By themselves the logits do not
-    compare, as each class's supports find whatever is most like them."""
+    """By how much the logits of n classes in one image are lowered before they are compared: LEAD times the log-odds of
+    presence that a class is behind the most probable one. By themselves they do not compare, as each class's supports
+    find whatever is most like them."""
     odds = presence.double().logit(1e-6)
     return (LEAD * (odds.amax(-1, keepdim=True) - odds)).float()
 

@@ -30,7 +30,7 @@ from fsdino.errors import UserError, reachable
 from pipelines import checkpoints, cluster, extraction
 from pipelines.checks import Count, Output, Place, Range, TrackingUri, Weights
 from pipelines.cli import main
-from pipelines.examples import Examples, read_classes, registered
+from pipelines.examples import Examples, check_names, read_classes, registered
 from pipelines.recipes import Backbone, Extraction
 from pipelines.runs import About, Input
 
@@ -85,6 +85,7 @@ def job(settings: Settings) -> dict[str, Any]:
     wanted = read_classes(settings.classes, settings.mask_value)
     if not wanted:
         raise UserError("--class: expected at least one class, got none")
+    check_names([one.name for one in wanted])
     record = checkpoints.read_record(checkpoints.chosen(settings.checkpoint), "segmenter")
     rows = [Row(image_id, PLAIN, source) for image_id, source in photographs(settings.images).items()]
     from pipelines import annotation
@@ -111,7 +112,7 @@ def job(settings: Settings) -> dict[str, Any]:
     from pipelines.annotating import AnnotationJob
 
     predictor = checkpoints.load_predictor(checkpoints.chosen(settings.checkpoint), settings.encoder_weights)
-    classes = annotation.checked([registered(one, predictor) for one in wanted])
+    classes = tuple(registered(one, predictor) for one in wanted)
     predictor.check(classes)
     name, kept = set_name(settings.images), None
     if settings.keep_features:

@@ -35,7 +35,7 @@ from pipelines.stages import Decode, Item, Loaded, Unit
 from pipelines.stored import FEATURES
 
 if TYPE_CHECKING:
-    from fsdino.predictor import ClassEncoding
+    pass
 
 IDENTITY = "annotation.json"
 
@@ -184,15 +184,6 @@ def pixels_digest(image: Any, mask: np.ndarray) -> str:
     """Of a support: its pixels and its mask."""
     data = f"{image.size} {mask.shape}".encode() + image.tobytes() + mask.tobytes()
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def checked(classes: "Sequence[ClassEncoding]") -> "tuple[ClassEncoding, ...]":
-    """The classes. Raises UserError for names that do not tell them apart."""
-    names = [one.name for one in classes]
-    for number, name in enumerate(names):
-        if not name.strip() or name in names[:number]:
-            raise UserError(f"--class {name}: expected names that tell the classes apart; register it with another")
-    return tuple(classes)
 
 
 def _run(plan: Plan, job: AnnotationJob, todo: Sequence[int], res_px: int, of: Extraction) -> Iterator[WrittenShard]:

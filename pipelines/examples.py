@@ -16,6 +16,7 @@ from fsdino.data.masks import read_mask
 from fsdino.errors import UserError, first_line, reachable
 from fsdino.preprocess import read_image
 from pipelines import geo, videos
+from pipelines.checks import Location
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 FRAMES = videos.Reader()
+MOST_CLASSES, MOST_LETTERS = 254, 100
 
 
 class Examples(NamedTuple):
@@ -66,7 +68,10 @@ def read_classes(classes: Sequence[Sequence[str]], mask_value: int | None) -> li
             raise UserError("--class: expected a class file, or a name and PHOTOGRAPH=MASK, got nothing")
         name, *pairs = entry
         if not pairs:
-            name = fetched(name) if is_url(name) else name
+            if is_url(name):
+                file = fetched(Location().check("--class", name))
+                found.append(Examples(name_of(file, name), (), [], file))
+                continue
             found.append(Examples(name_of(name), (), [], name))
             continue
         if all(Path(part).is_file() for part in name.rpartition("=")[::2]):
@@ -90,12 +95,13 @@ def fetched(url: str) -> str:
         with reachable(f"--class {url}"), fsspec.open(url, "rb") as file:
             path.write_bytes(file.read())
     except FileNotFoundError:
-        raise UserError(f"--class {url}: expected a class file, found nothing there") from None
+        raise UserError(f"--class {url}: expected a class file, found nothing there; check the URL") from None
     return str(path)
 
 
-def name_of(file: str) -> str:
-    """What the class of a class file is called; ClassEncoding.load checks the rest. Raises UserError if it is none."""
+def name_of(file: str, shown: str = "") -> str:
+    """What the class of a class file is called, which messages call `shown`; ClassEncoding.load checks the rest. Raises
+    UserError if it is none."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(file).is_file():
@@ -104,7 +110,28 @@ def name_of(file: str) -> str:
         with safe_open(file, "np") as opened:
             return json.loads((opened.metadata() or {})["class"])["name"]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--class {file}: expected a class file, got another ({first_line(error)})") from None
+        line = f"--class {shown or file}: expected a class file, got another ({first_line(error)}); register it again"
+        raise UserError(line) from None
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError for names of classes that make no files, or the same ones, or are too many for a label's byte."""
+    known: dict[str, str] = {}
+    for name in names:
+        if not name.strip() or "\n" in name or len(name) > MOST_LETTERS:
+            raise UserError(
+                f"--class {name!r}: expected a name in one line of 1 to {MOST_LETTERS} letters; register it again"
+            )
+        if plain(name) in known:
+            raise UserError(f"--class {name}: a class called {known[plain(name)]} is there already; name them apart")
+        known[plain(name)] = name
+    if len(names) > MOST_CLASSES:
+        raise UserError(f"--class: expected at most {MOST_CLASSES} classes, got {len(names)}; look for them in parts")
+
+
+def plain(name: str) -> str:
+    """A class's name as part of a file's."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
 
 
 def registered(one: Examples, predictor: "Predictor") -> "ClassEncoding":

@@ -17,9 +17,9 @@ from feature_store.urls import is_url, redacted
 from fsdino.errors import UserError
 from pipelines import geo, panels, videos
 from pipelines.checks import Format
+from pipelines.examples import check_names, plain
 
 COCO, YOLO_CLASSES, FILM = "annotations.json", "classes.txt", "film.mp4"
-MOST_LABELS, MOST_LETTERS = 254, 100
 Part = tuple[tuple[slice, ...], np.ndarray]
 """Where a mask's part lies, and the part itself (h, w) bool."""
 
@@ -47,12 +47,12 @@ class Found:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """(h, w): 1 to n, the class of the largest logit less its lag; 0 where none is above 0."""
-        found, best = np.zeros(self.logits.shape[1:], np.uint8), np.zeros_like(self.logits[0])
+        """(h, w): 1 to n, of the classes whose logit is above 0 the one with the largest less its lag; 0 where there is
+        none."""
+        found, best = np.zeros(self.logits.shape[1:], np.uint8), np.full_like(self.logits[0], -np.inf)
         for number, (logits, behind) in enumerate(zip(self.logits, self.lag, strict=True), start=1):
-            logits = logits - behind if behind else logits
-            found[logits > best] = number
-            best = np.maximum(best, logits)
+            mine = (logits > 0) & (logits - float(behind) > best)
+            found[mine], best[mine] = number, logits[mine] - float(behind)
         return found
 
     @functools.cached_property
@@ -188,17 +188,7 @@ def writers(
 
     Raises UserError for classes whose files could not be told apart.
     """
-    known: dict[str, str] = {}
-    for name in names:
-        if not name.strip() or "\n" in name or len(name) > MOST_LETTERS:
-            raise UserError(
-                f"--class {name!r}: expected a name in one line of 1 to {MOST_LETTERS} letters; register it again"
-            )
-        if plain(name) in known:
-            raise UserError(f"--class {name}: a class called {known[plain(name)]} is there already; name them apart")
-        known[plain(name)] = name
-    if len(names) > MOST_LABELS:
-        raise UserError(f"--class: expected at most {MOST_LABELS} classes, got {len(names)}; look for them in parts")
+    check_names(names)
     made: dict[str, Callable[[], Writer]] = {
         "mask": lambda: Pictures(out, names, ".png", lambda f, n: _binary(f.masks[n]), each=True),
         "labels": lambda: Pictures(out, names, "_labels.png", lambda f, _: labels(f), each=False),
@@ -298,11 +288,6 @@ def outline(place: tuple[slice, ...], part: np.ndarray, shape: tuple[int, ...]) 
     lines: list[np.ndarray] = contourpy.contour_generator(*centres, whole).lines(0.5)  # type: ignore[assignment]
     longest = max(lines, key=len)
     return np.clip(longest[:-1] / (width, height), 0, 1)
-
-
-def plain(name: str) -> str:
-    """A class's name as part of a file's."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
 
 
 def _binary(mask: np.ndarray) -> Image.Image:

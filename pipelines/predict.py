@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -268,16 +269,18 @@ def segmented(
                 unread.append(first_line(error))
         if not opened:
             continue
-        if stored is not None and all(path in stored for path, _, _ in opened):
-            features = stored.read([path for path, _, _ in opened], predictor.device)
-            predictor.set_features([image.size for _, _, image in opened], *features)
-        elif settings.tile is None:
-            predictor.set_images([image for _, _, image in opened])
-        else:
-            predictor.set_image(opened[0][2], settings.tile, settings.overlap)
-        for (path, stem, image), of_image in zip(opened, predictor.logits(classes), strict=True):
-            found = Found(path, stem, image, of_image.mask.numpy(), of_image.scores, of_image.lag)
-            yield found, None if of_image.prior is None else of_image.prior[0].sigmoid().numpy()
+        for known, part in groupby(opened, key=lambda one: stored is not None and one[0] in stored):
+            group = list(part)
+            if known and stored is not None:
+                features = stored.read([path for path, _, _ in group], predictor.device)
+                predictor.set_features([image.size for _, _, image in group], *features)
+            elif settings.tile is None:
+                predictor.set_images([image for _, _, image in group])
+            else:
+                predictor.set_image(group[0][2], settings.tile, settings.overlap)
+            for (path, stem, image), of_image in zip(group, predictor.logits(classes), strict=True):
+                found = Found(path, stem, image, of_image.mask.numpy(), of_image.scores, of_image.lag)
+                yield found, None if of_image.prior is None else of_image.prior[0].sigmoid().numpy()
 
 
 if __name__ == "__main__":

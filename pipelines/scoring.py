@@ -145,7 +145,7 @@ class Scorer:
 
     def _count(self, numbers: list[int], episodes: list[Episode], predicted: Prediction) -> list[EpisodeScore]:
         ways, of_all = self.job.ways, predicted.mask_logits.float().cpu()
-        if ways > 1 and predicted.presence is not None:
+        if ways > 1 and predicted.presence is not None:  # an episode shows one of its classes at least
             behind = lag(predicted.presence.cpu().unflatten(0, (-1, ways))).flatten()
             of_all = of_all - behind[:, None, None, None]
         with torch.inference_mode():

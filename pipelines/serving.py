@@ -1,12 +1,12 @@
-"""The service that `serve` starts, as a Ray Serve application: photographs in by HTTP, masks out.
+"""The service that `serve` starts, as a Ray Serve application: photographs in over HTTP, masks out.
 
-Photographs that come at the same time go through the encoder in one batch.
+Photographs that wait at the same time go through the encoder in one batch.
 """
 
 import asyncio
 import io
 import shlex
-import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -16,30 +16,63 @@ from ray import serve
 from fsdino.errors import UserError, first_line
 from fsdino.preprocess import image_of
 from pipelines import checkpoints, cli, outputs
-from pipelines.examples import read_classes, registered
-from pipelines.serve import Settings
+from pipelines.examples import Examples, registered
+from pipelines.serve import Settings, checked_classes
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from fsdino.predictor import ClassEncoding
 
-MOST_BYTES = 64 * 2**20
+MOST_BYTES, MOST_PIXELS, MOST_CLASS_BYTES = 64 << 20, 50_000_000, 256 << 20
+BODY, BODY_SECONDS = "the request's body", 30
 BATCH_WAIT_S = 0.005
-BODY = "the request's body"
-PHOTOGRAPH = {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}, "required": True}
-IN_DOCS = {"requestBody": PHOTOGRAPH}
+ERROR = {"content": {"application/json": {"schema": {"type": "object", "properties": {"error": {"type": "string"}}}}}}
+DOCUMENTED: dict[str, Any] = {
+    "openapi_extra": {
+        "requestBody": {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}, "required": True}
+    },
+    "responses": {
+        400: {"description": "The body is not an image, or has too many pixels.", **ERROR},
+        408: {"description": "The body took too long to arrive.", **ERROR},
+        413: {"description": "The body has too many bytes.", **ERROR},
+        503: {"description": "Too many photographs wait already."},
+    },
+}
 
-api = FastAPI(title="FS-DINO", description="Masks of registered classes, in photographs that are sent.")
+api = FastAPI(title="FS-DINO", description="Masks of registered classes in photographs.")
+
+
+class RefusedRequest(UserError):
+    """A request that gets another status than 400."""
+
+    def __init__(self, status: int, line: str):
+        super().__init__(line)
+        self.status = status
 
 
 @api.exception_handler(UserError)
-def refused(request: Request, error: UserError) -> JSONResponse:
-    """What is wrong with a photograph, in one line."""
-    return JSONResponse({"error": first_line(error)}, 400)
+def refuse(request: Request, error: UserError) -> JSONResponse:
+    """What is wrong with a request, in one line."""
+    return JSONResponse({"error": first_line(error)}, getattr(error, "status", 400))
 
 
-def _answer(found: outputs.Found, names: list[str], instances: bool) -> dict[str, Any]:
+async def read_photograph(request: Request) -> "Image.Image":
+    """The photograph in the body. Raises UserError if it is none, or too large."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    raise RefusedRequest(413, f"{BODY}: expected at most {MOST_BYTES >> 20} MiB, got more")
+    except TimeoutError:
+        raise RefusedRequest(408, f"{BODY}: expected all of it within {BODY_SECONDS} s") from None
+    return await asyncio.to_thread(image_of, bytes(body), BODY, MOST_PIXELS)
+
+
+def as_json(found: outputs.Found, names: Sequence[str], instances: bool) -> dict[str, Any]:
+    """What `/segment` answers."""
     classes = []
     for name, score, mask, logits in zip(names, found.scores, found.masks, found.logits, strict=True):
         objects = [outputs.coco_record(*part, logits) for part in outputs.parts(mask, instances)]
@@ -48,10 +81,16 @@ def _answer(found: outputs.Found, names: list[str], instances: bool) -> dict[str
     return {"width": found.image.width, "height": found.image.height, "classes": classes}
 
 
-def _drawn(found: outputs.Found, names: list[str], overlay: bool) -> bytes:
+def as_png(found: outputs.Found, names: Sequence[str], overlay: bool) -> bytes:
+    """What `/picture` answers."""
     buffer = io.BytesIO()
     (outputs.overlay(found, names) if overlay else outputs.labels(found)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+# Serve sends the class with what the module holds by then: what it calls stands before it.
+def _predictor(settings: Settings, gpu: bool) -> Any:
+    return checkpoints.load_predictor(checkpoints.chosen(settings.checkpoint), settings.encoder_weights, gpu)
 
 
 @serve.deployment
@@ -63,65 +102,64 @@ class Service:
         import torch
 
         torch.set_num_threads(max(1, int(settings.replica_cpus)))
-        checkpoint = checkpoints.chosen(settings.checkpoint)
-        self.predictor = checkpoints.load_predictor(checkpoint, settings.encoder_weights, settings.gpu)
+        self.predictor = _predictor(settings, settings.gpu)
         self.predictor.check(classes)
-        self.classes = classes
-        self.find.set_max_batch_size(settings.batch)  # type: ignore[attr-defined]
+        self.classes, self.names = classes, [one.name for one in classes]
+        self.segment_batch.set_max_batch_size(settings.batch)  # type: ignore[attr-defined]
 
     @api.get("/")
-    def known(self) -> dict[str, Any]:
+    def list_classes(self) -> dict[str, Any]:
         """The classes that are looked for, and the digest of the segmenter that looks for them."""
         classes = [{"name": one.name, "shots": one.shots} for one in self.classes]
-        return {"segmenter": self.predictor.digest, "host": socket.gethostname(), "classes": classes}
+        return {"segmenter": self.predictor.digest, "classes": classes}
 
-    @api.post("/segment", openapi_extra=IN_DOCS)
+    @api.post("/segment", **DOCUMENTED)
     async def segment(self, request: Request, instances: bool = False) -> dict[str, Any]:
-        """Masks of a photograph (the request's body) as COCO has them, at its own size; `score` is the probability that
-        it shows the class, `foreground` the mask's share of it."""
-        found = await self.found(request)
-        return await asyncio.to_thread(_answer, found, [one.name for one in self.classes], instances)
+        """Masks as COCO has them, at the photograph's own size. `score` is the probability that it shows the class,
+        `foreground` the mask's share of it; with `instances` each connected part is an object."""
+        found = await self.segment_batch(await read_photograph(request))
+        return await asyncio.to_thread(as_json, found, self.names, instances)
 
-    @api.post("/picture", openapi_extra=IN_DOCS, response_class=Response)
+    @api.post("/picture", response_class=Response, **DOCUMENTED)
     async def picture(self, request: Request, format: Literal["labels", "overlay"] = "labels") -> Response:
-        """The same as a PNG whose values are classes from 1 on, or as the photograph with its masks."""
-        found = await self.found(request)
-        data = await asyncio.to_thread(_drawn, found, [one.name for one in self.classes], format == "overlay")
+        """A PNG whose values are classes from 1 on, or the photograph with its masks."""
+        found = await self.segment_batch(await read_photograph(request))
+        data = await asyncio.to_thread(as_png, found, self.names, format == "overlay")
         return Response(data, media_type="image/png")
 
-    async def found(self, request: Request) -> outputs.Found:
-        """What the photograph shows. Raises UserError if it is none, or too large."""
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MOST_BYTES:
-                raise UserError(f"{BODY}: expected a photograph of at most {MOST_BYTES >> 20} MiB, got more")
-        image = await asyncio.to_thread(image_of, bytes(body), BODY)
-        return await self.find(image)
-
     @serve.batch(batch_wait_timeout_s=BATCH_WAIT_S)
-    async def find(self, images: "list[Image.Image]") -> list[outputs.Found]:
+    async def segment_batch(self, images: "list[Image.Image]") -> list[outputs.Found]:
         """What each of a few photographs shows."""
-        return await asyncio.to_thread(self._find, images)
+        return await asyncio.to_thread(self._segment, images)
 
-    def _find(self, images: "list[Image.Image]") -> list[outputs.Found]:
+    def _segment(self, images: "list[Image.Image]") -> list[outputs.Found]:
         self.predictor.set_images(images)
-        found = zip(images, self.predictor.logits(self.classes), strict=True)
-        return [outputs.Found("", "", image, of.mask.numpy(), of.scores, of.lag) for image, of in found]
+        results = zip(images, self.predictor.logits(self.classes), strict=True)
+        return [outputs.Found("", "", image, of.mask.numpy(), of.scores, of.lag) for image, of in results]
 
 
 def application(args: dict[str, str]) -> serve.Application:
-    """What a serve config names as its import path; its argument `flags` is the command's own line, without host and
-    port. Raises UserError."""
-    return built(cli.parse(Settings, shlex.split(args["flags"])))
+    """What a serve config names as its import path. `flags` are those of the command; host and port are the config's.
+
+    Raises UserError.
+    """
+    flags = shlex.split(args.get("flags", ""))
+    if any(flag.startswith(("--host", "--port")) for flag in flags):
+        raise UserError("flags: --host and --port are http_options of the serve config; leave them out here")
+    settings = cli.parse(Settings, flags)
+    return build_application(settings, checked_classes(settings))
 
 
-def built(settings: Settings) -> serve.Application:
+def build_application(settings: Settings, wanted: Sequence[Examples]) -> serve.Application:
     """The application, its classes registered. Raises UserError."""
-    wanted = read_classes(settings.classes, settings.mask_value)
-    predictor = checkpoints.load_predictor(checkpoints.chosen(settings.checkpoint), settings.encoder_weights)
+    predictor = _predictor(settings, gpu=False)
     classes = tuple(registered(one, predictor) for one in wanted)
     predictor.check(classes)
+    if (size := sum(one.nbytes for one in classes)) > MOST_CLASS_BYTES:
+        raise UserError(
+            f"--class: expected at most {MOST_CLASS_BYTES >> 20} MiB of classes, got {size >> 20}; register them from "
+            "fewer photographs, or serve them in parts"
+        )
     most = settings.most_replicas or settings.replicas
     scaling = {"min_replicas": settings.replicas, "max_replicas": most, "target_ongoing_requests": settings.batch}
     return Service.options(  # type: ignore[attr-defined, no-any-return]

@@ -1,6 +1,7 @@
 """Features of a user's photographs that stores hold already, so that the encoder need not run for them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,42 +11,39 @@ from feature_store.storage import open_folder
 from fsdino.data.photographs import file_stamps, list_photographs, same_file, set_name
 from fsdino.data.views import PLAIN
 from fsdino.errors import UserError
-from pipelines import stores
+from pipelines import geo, stores
 from pipelines.recipes import Backbone
 
 if TYPE_CHECKING:
     import torch
 
 FEATURES = ("late", "early")
+EXPECTED = ("feature", "model", "weights", "layer", "norm", "res_px", "view_seed", "preprocessing")
 
 
 class StoredFeatures:
     """Late and early features by the photographs' paths, as `annotate --keep-features` kept them."""
 
     def __init__(self, root: str, places: Sequence[str], record: dict[str, Any]):
-        """Those of all photographs in the places (folders, globs, URLs) that have not changed since, for a
-        checkpoint's encoder.
+        """Those of all photographs in the places (folders, globs, URLs) that have the size in bytes that they had then,
+        for a checkpoint's encoder.
 
         Raises UserError if there are none.
         """
         backbone, weights = Backbone(**record["backbone"]), record["late"]["weights"]
+        prints = [stores.encoded_fingerprint(backbone, feature, backbone.res, weights) for feature in FEATURES]
         self._at: dict[str, tuple[FeatureStore, FeatureStore, int, int]] = {}
-        looked = []
         for place in places:
-            prints = [stores.encoded_fingerprint(backbone, feature, backbone.res, weights) for feature in FEATURES]
             urls = [stores.place(root, set_name(place), one) for one in prints]
-            looked.append(urls[0])
-            if not all(open_folder(url).names("") for url in urls):
-                continue
-            fields = ("feature", "model", "weights", "layer", "norm", "res_px", "view_seed", "preprocessing")
-            late, early = (
-                FeatureStore(url, {field: getattr(one, field) for field in fields})
-                for url, one in zip(urls, prints, strict=True)
-            )
-            self._add(late, early, list_photographs(place))
+            if all(open_folder(url).names("") for url in urls):
+                late, early = (
+                    FeatureStore(url, {field: getattr(one, field) for field in EXPECTED})
+                    for url, one in zip(urls, prints, strict=True)
+                )
+                self._add(late, early, list_photographs(place))
         if not self._at:
             raise UserError(
-                f"--store {root}: expected features of the photographs at {looked[0] if looked else root}, found none; "
+                f"--store {root}: expected features of the photographs at {urls[0]}, found none; "
                 "`annotate --keep-features` of the same folder keeps them"
             )
 
@@ -56,11 +54,10 @@ class StoredFeatures:
         for (sample_id, path), (of_late, of_early, then) in zip(photographs.items(), rows, strict=True):
             if of_late is None or of_early is None or (sample_id, PLAIN) in bad:
                 continue
+            if Path(path).suffix.lower() in geo.SUFFIXES:  # predict reads the bands of those otherwise
+                continue
             if same_file(then or "", now.get(path, ""), moved=True):
                 self._at[path] = late, early, of_late, of_early
-
-    def __len__(self) -> int:
-        return len(self._at)
 
     def __contains__(self, path: str) -> bool:
         return path in self._at

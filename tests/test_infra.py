@@ -196,6 +196,9 @@ def test_the_service_takes_flags_of_serve_and_fits_the_cluster(everything):
     groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     (gpus,) = [group for group in groups if group["groupName"] == "gpu"]
     limits = gpus["template"]["spec"]["containers"][0]["resources"]["limits"]
+    for template in templates(service):  # KubeRay makes no Service for a head that names ports, but not this one
+        ports = template["spec"]["containers"][0]["ports"]
+        assert {"name": "serve", "containerPort": config["http_options"]["port"]} in ports
     assert parsed.most_replicas <= gpus["maxReplicas"] and parsed.replica_cpus <= int(limits["cpu"])
 
 

@@ -18,7 +18,7 @@ from pycocotools import mask as coco
 
 from fsdino import Predictor
 from fsdino.errors import UserError
-from pipelines import serve
+from pipelines import serve, serving
 from pipelines.cli import call
 from tests.conftest import ROOT
 from tests.servers import free_port, wait_for_port
@@ -50,7 +50,8 @@ def address(encoding, tmp_path_factory):
             yield f"http://127.0.0.1:{port}"
         finally:
             service.send_signal(signal.SIGTERM)
-            assert service.wait(60) == 143, log.read_text()
+            assert service.wait(60) == 0, log.read_text()
+            assert json.loads(log.read_text().splitlines()[-1]) == {"served": ["person"]}
 
 
 def post(url, data):
@@ -89,13 +90,19 @@ def test_photographs_that_come_together_get_each_its_own_answer(address):
 
 
 def test_what_is_no_photograph_is_refused_in_one_line_and_the_service_goes_on(address):
-    for body, said in ((b"nothing", "expected a readable image"), (b"", "expected a readable image")):
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, "PNG")  # 10 kB that would be 300 MB for each class
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+    for body, status, said in (
+        (b"nothing", 400, "expected a readable image"),
+        (b"", 400, "expected a readable image"),
+        (script, 400, "expected a readable image"),
+        (bomb.getvalue(), 400, "expected an image of at most 50 megapixels, got 81"),
+        (bytes(65 * 2**20), 413, "expected at most 64 MiB"),
+    ):
         with pytest.raises(HTTPError) as refused:
             post(f"{address}/segment", body)
-        assert refused.value.code == 400 and said in json.loads(refused.value.read())["error"]
-    with pytest.raises(HTTPError) as refused:
-        post(f"{address}/segment", bytes(65 * 2**20))
-    assert "at most 64 MiB" in json.loads(refused.value.read())["error"]
+        assert refused.value.code == status and said in json.loads(refused.value.read())["error"]
     assert json.loads(post(f"{address}/segment", QUERY.read_bytes()))["width"] == 512
 
 
@@ -107,3 +114,9 @@ def test_a_port_that_is_taken_and_no_class_are_refused_before_ray_starts(address
         call(serve.Settings, serve.job, ["--class", str(encoding[0]), "--port", port])
     with pytest.raises(UserError, match="--most-replicas 1: expected at least --replicas 2"):
         call(serve.Settings, serve.job, ["--class", str(encoding[0]), "--replicas", "2", "--most-replicas", "1"])
+    with pytest.raises(UserError, match="a class called person is there already"):
+        call(serve.Settings, serve.job, ["--class", str(encoding[0]), "--class", str(encoding[0])])
+    with pytest.raises(UserError, match="--host and --port are http_options"):
+        serving.application({"flags": f"--class {encoding[0]} --port 9"})
+    with pytest.raises(UserError, match="expected at least one class"):
+        serving.application({})
