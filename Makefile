@@ -14,6 +14,7 @@ predict: $(READY)
 		--query examples/camera.jpg --format mask overlay --out outputs/predict
 
 mlflow: $(READY)
+	@echo "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning" >&2
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db
 
 # End-to-end tests share a process, as they share results; the others run beside them, and are shown behind.

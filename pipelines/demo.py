@@ -64,7 +64,8 @@ def job(settings: Settings) -> dict[str, Any]:
         print(f"{title:<24}{scores[name]['miou']:>8.3f}{scores[name]['fb_iou']:>8.3f}")
     uri = study.places.tracking_uri
     print(f"\npictures: {panel}")
-    print(f"runs and models: {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri} --port 5000\n")
+    print(f"runs and models: {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri} --port 5000")
+    print("                 http://127.0.0.1:5000/#/experiments?workflowType=machine_learning\n")
     return {
         "fold": settings.fold,
         "shots": settings.shots,
