@@ -11,7 +11,8 @@ from fsdino.prompts import EPS
 OF_GROUP = 5
 OF_MASK = 2
 LEAD = 4.0
-"""How much the presence of classes weighs where they are told apart, in logits of a pixel per log-odds."""
+"""How much the presence of classes weighs where they are told apart, in logits of a pixel per log-odds; chosen on base
+classes (docs/results/README.md)."""
 
 
 class Presence(nn.Module):
