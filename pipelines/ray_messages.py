@@ -40,8 +40,8 @@ def divert() -> None:
     file = open(path, "w", buffering=1)  # open as long as the process lives
     os.dup2(file.fileno(), 2)
     _file.append(file)
-    # A shell that waits for this process's end: it speaks unless `end` told it not to.
-    line = ["/bin/sh", "-c", 'read -r ended || printf "%s\\n" "$1" >&2', "sh", GONE.format(path)]
+    # A shell that waits for this process's end: it speaks unless `end` told it not to, on a line below a bar's.
+    line = ["/bin/sh", "-c", 'read -r ended || printf "\\n%s\\n" "$1" >&2', "sh", GONE.format(path)]
     with suppress(OSError):
         _watcher.append(
             subprocess.Popen(line, stdin=subprocess.PIPE, stderr=_terminal[0], start_new_session=True, text=True)
@@ -54,7 +54,7 @@ def divert_loggers() -> None:
         for name in list(logging.root.manager.loggerDict):
             if name.split(".")[0] == "ray":
                 for handler in logging.getLogger(name).handlers:
-                    if type(handler) is logging.StreamHandler:
+                    if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                         handler.setStream(_file[0])
 
 

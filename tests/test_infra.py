@@ -192,7 +192,10 @@ def test_the_service_takes_flags_of_serve_and_fits_the_cluster(everything):
     module, _, builder = app["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), builder))
     parsed = cli.parse(serve.Settings, shlex.split(app["args"]["flags"]))
-    assert parsed.gpu and [name for (name,) in parsed.classes] == ["s3://data/classes/cat.class", "s3://data/classes/dog.class"]
+    assert parsed.gpu and [name for (name,) in parsed.classes] == [
+        "s3://data/classes/cat.class",
+        "s3://data/classes/dog.class",
+    ]
     groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     (gpus,) = [group for group in groups if group["groupName"] == "gpu"]
     limits = gpus["template"]["spec"]["containers"][0]["resources"]["limits"]

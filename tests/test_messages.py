@@ -42,6 +42,21 @@ def test_what_is_written_past_python_goes_to_a_file_that_stays_if_it_holds_anyth
     assert not essay or path.read_text() == "core_worker.cc:123 an essay\n"
 
 
+LOGS = """
+import logging
+class Plain(logging.StreamHandler): pass
+logging.getLogger("ray.data").addHandler(Plain())
+ray_messages.divert_loggers()
+logging.getLogger("ray.data").warning("of blocks and fallbacks")
+ray_messages.end()
+"""
+
+
+def test_what_rays_loggers_say_goes_to_that_file_too(tmp_path):
+    done, path = ran(tmp_path, False, LOGS)
+    assert done.stderr == "before\nbehind\n" and path.read_text() == "of blocks and fallbacks\n"
+
+
 @pytest.mark.parametrize(("ending", "code"), [("os._exit(1)", 1), ("os.kill(os.getpid(), 9)", -signal.SIGKILL)])
 def test_a_process_that_is_ended_from_outside_leaves_one_line(tmp_path, ending, code):
     done, path = ran(tmp_path, True, ending)
