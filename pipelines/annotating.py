@@ -19,7 +19,7 @@ from feature_store import FeatureStore, Row
 from feature_store.schema import text
 from feature_store.storage import open_folder
 from feature_store.urls import redacted
-from pipelines import checkpoints, cluster
+from pipelines import checkpoints, cluster, heap
 from pipelines.outcome import Outcome
 from pipelines.outputs import coco_record, parts
 from pipelines.stages import Loaded
@@ -127,6 +127,7 @@ class Segment:
         import torch
 
         torch.set_num_threads(job.threads)
+        heap.keep_freed_memory()
         self.job = job
         self.predictor: Outcome[Any] = Outcome.of(
             lambda: checkpoints.load_predictor(checkpoints.chosen(job.checkpoint), job.encoder_weights, job.gpu)

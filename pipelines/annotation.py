@@ -190,7 +190,7 @@ def _run(plan: Plan, job: AnnotationJob, todo: Sequence[int], res_px: int, of: E
     """The Ray Data job: each shard as it is written."""
     cluster.connect(*extraction.demands(of))
     import ray.data
-    from ray.data import ActorPoolStrategy
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray_messages.divert_loggers()
@@ -211,7 +211,10 @@ def _run(plan: Plan, job: AnnotationJob, todo: Sequence[int], res_px: int, of: E
         num_gpus=of.actor_gpus,
         fn_constructor_args=(job,),
     )
-    written = segmented.map_batches(annotating.Write(job), batch_size=1, num_cpus=of.decode_cpus)
+    # Without cores of their own, or decoding ahead would keep finished shards from being written.
+    written = segmented.map_batches(
+        annotating.Write(job), batch_size=1, compute=TaskPoolStrategy(of.actors), num_cpus=0
+    )
     with cluster.faults():
         for row in written.iter_rows():
             yield row["outcome"].get()

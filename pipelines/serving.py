@@ -15,7 +15,7 @@ from ray import serve
 
 from fsdino.errors import UserError, first_line
 from fsdino.preprocess import image_of
-from pipelines import checkpoints, cli, outputs
+from pipelines import checkpoints, cli, heap, outputs
 from pipelines.examples import Examples, registered
 from pipelines.serve import Settings, checked_classes
 
@@ -102,6 +102,7 @@ class Service:
         import torch
 
         torch.set_num_threads(max(1, int(settings.replica_cpus)))
+        heap.keep_freed_memory()
         self.predictor = _predictor(settings, settings.gpu)
         self.predictor.check(classes)
         self.classes, self.names = classes, [one.name for one in classes]
