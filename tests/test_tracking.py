@@ -184,6 +184,7 @@ def test_a_training_whose_server_dies_publishes_its_checkpoint_and_is_complete_a
     assert len(series) == 10  # the pictures of a training that met a dead server
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_stops_at_once_and_publishes_nothing(whole_run, places):
     with pytest.raises(Fault, match=r"training diverged at step \d+ \(.*\); the last checkpoint before it is kept"):
         train(places, "diverged", "--lr", 1000, "--decoder-lr", 1000, "--steps", 40)

@@ -23,6 +23,7 @@ def validated(whole_run, places):
     return run("train_episodic", *flags(places), "--fold", FOLD, *validation)
 
 
+@pytest.mark.slow
 def test_classes_held_out_for_validation_never_train(validated, places):
     _, record = Segmenter.load(validated["checkpoint"])
     dataset = open_dataset(str(places["--data"]))
