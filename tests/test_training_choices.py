@@ -37,6 +37,7 @@ def test_classes_held_out_for_validation_never_train(validated, places):
     assert all(set(held_out) & pixels[i].keys() and not set(dataset.novel(FOLD)) & pixels[i].keys() for i in check)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_beside_the_last_and_say_what_chose_them(validated, places, whole_run):
     client = tracking.MlflowClient(str(places["--tracking-uri"]))
     name = Path(validated["checkpoint"]).parent.name
