@@ -317,8 +317,14 @@ class Predictor:
     @staticmethod
     def _sureness(logits: Float[Tensor, "n h w"]) -> Float[np.ndarray, "n"]:
         """Scores of masks of a model without `presence`."""
-        found = [of_class[of_class > 0].float().sigmoid() for of_class in logits]
-        return np.array([float(inside.mean()) if len(inside) else 0.0 for inside in found], np.float32)
+        scores = []
+        for of_class in logits:
+            total, count = 0.0, 0
+            for rows in of_class.split(256):  # a part after another, as a photograph may have 192 million pixels
+                inside = rows[rows > 0].float().sigmoid()
+                total, count = total + float(inside.double().sum()), count + len(inside)
+            scores.append(total / count if count else 0.0)
+        return np.array(scores, np.float32)
 
     def check(self, classes: Sequence[ClassEncoding]) -> None:
         """Raises UserError if there is no class, or one that was registered with another segmenter."""

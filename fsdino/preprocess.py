@@ -46,7 +46,8 @@ def read_image(path: Source) -> Image.Image:
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """A decoded photograph as `read_image` gives it. Raises ValueError for what has no 8-bit form."""
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:  # else it would copy what may be a gigabyte
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray(_eight_bits(np.asarray(image), name))
     if image.mode == "F":
@@ -57,7 +58,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
             raise ValueError(
                 f"16-bit colours of which at most {8 + brightest.bit_length()} bits are used; scale them to 16"
             )
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(values: np.ndarray, name: str) -> UInt8[np.ndarray, "h w"]:

@@ -49,10 +49,13 @@ class Found:
     def labels(self) -> np.ndarray:
         """(h, w): 1 to n, of the classes whose logit is above 0 the one with the largest less its lag; 0 where there is
         none."""
-        found, best = np.zeros(self.logits.shape[1:], np.uint8), np.full_like(self.logits[0], -np.inf)
-        for number, (logits, behind) in enumerate(zip(self.logits, self.lag, strict=True), start=1):
-            mine = (logits > 0) & (logits - float(behind) > best)
-            found[mine], best[mine] = number, logits[mine] - float(behind)
+        found = np.zeros(self.logits.shape[1:], np.uint8)
+        for top in range(0, len(found), panels.ROWS):  # so that no second copy of a large photograph's logits is made
+            rows = slice(top, top + panels.ROWS)
+            best = np.full_like(self.logits[0, rows], -np.inf)
+            for number, (logits, behind) in enumerate(zip(self.logits[:, rows], self.lag, strict=True), start=1):
+                mine = (logits > 0) & (logits - float(behind) > best)
+                found[rows][mine], best[mine] = number, logits[mine] - float(behind)
         return found
 
     @functools.cached_property

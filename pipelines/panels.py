@@ -51,7 +51,7 @@ def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
 
 def overlaid(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> Image.Image:
     """The image at its own size with masks (n, h, w), each tinted, outlined and captioned in a colour of its own."""
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     width = max(2, round(min(image.size) / 250))
     for number, mask in enumerate(masks):
         colour = np.array(COLOURS[number % len(COLOURS)], np.float32)
@@ -60,6 +60,7 @@ def overlaid(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> 
             rows[inside] = ((1 - TINT) * rows[inside] + TINT * colour).round().astype(np.uint8)
         pixels[_outline(mask, width)] = colour
     drawn = Image.fromarray(pixels)
+    del pixels
     draw, size = ImageDraw.Draw(drawn), max(12, round(min(image.size) / 25))
     font = ImageFont.load_default(size)
     for number, (mask, caption) in enumerate(zip(masks, captions, strict=True)):
@@ -87,7 +88,8 @@ def _outline(inside: np.ndarray, width: int = 2) -> np.ndarray:
 
 def cell(image: Image.Image) -> Image.Image:
     """The image at a cell's size."""
-    return image.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image.resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR, reducing_gap=2.0)
 
 
 def heat(probability: np.ndarray) -> Image.Image:
