@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -33,9 +33,6 @@ from pipelines.recipes import Backbone, Extraction
 from pipelines.runs import About, Input
 from pipelines.stages import Decode, Item, Loaded, Unit
 from pipelines.stored import FEATURES
-
-if TYPE_CHECKING:
-    pass
 
 IDENTITY = "annotation.json"
 
