@@ -134,6 +134,9 @@ def parse(settings_type: type[S], argv: list[str]) -> S:
         if stopped.code:
             raise UserError(_unboxed(said.getvalue())) from None
         raise
+    except BrokenPipeError:  # the reader of --help, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     return checked(settings)
 
 

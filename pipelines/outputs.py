@@ -294,7 +294,7 @@ def outline(place: tuple[slice, ...], part: np.ndarray, shape: tuple[int, ...]) 
 
 
 def _binary(mask: np.ndarray) -> Image.Image:
-    return Image.fromarray(mask.astype(np.uint8) * 255)
+    return Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0)))
 
 
 def labels(found: Found) -> Image.Image:

@@ -21,7 +21,7 @@ CAPTION_PX = 18
 POINTS = ((0.3, 0.3), (0.5, 0.5), (0.7, 0.6))  # where similarity is shown: shares of width and height
 MASK_COLOUR = np.array([255, 40, 90], np.float32)
 TINT = 0.45
-ROWS = 512  # of a picture that are worked on at once, where a whole one might have hundreds of megapixels
+ROWS = 256  # of a picture that are worked on at once, where a whole one might have hundreds of megapixels
 COLOURS = (
     (213, 94, 0),
     (0, 114, 178),
@@ -40,9 +40,11 @@ def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
 
     `mask` is a 0/1 mask at any size, or logits above 0 on it, which are enlarged bilinearly as they are for scoring.
     """
-    values = mask.astype(np.float32) - 0.5 if mask.dtype != np.float32 else mask
-    resampling = Image.Resampling.BILINEAR if mask.dtype == np.float32 else Image.Resampling.BOX
-    inside = np.asarray(Image.fromarray(values).resize((CELL_PX, CELL_PX), resampling)) > 0
+    if mask.dtype == np.float32:
+        inside = np.asarray(Image.fromarray(mask).resize((CELL_PX, CELL_PX), Image.Resampling.BILINEAR)) > 0
+    else:
+        white = Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0)))
+        inside = np.asarray(white.resize((CELL_PX, CELL_PX), Image.Resampling.BOX)) > 127
     pixels = np.asarray(cell(image), np.float32)
     tinted = np.where(inside[..., None], (1 - TINT) * pixels + TINT * MASK_COLOUR, pixels)
     tinted[_outline(inside)] = MASK_COLOUR
@@ -51,16 +53,18 @@ def overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
 
 def overlaid(image: Image.Image, masks: np.ndarray, captions: Sequence[str]) -> Image.Image:
     """The image at its own size with masks (n, h, w), each tinted, outlined and captioned in a colour of its own."""
-    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    drawn = image.convert("RGB")
     width = max(2, round(min(image.size) / 250))
-    for number, mask in enumerate(masks):
-        colour = np.array(COLOURS[number % len(COLOURS)], np.float32)
-        for first in range(0, len(mask), ROWS):
-            rows, inside = pixels[first : first + ROWS], mask[first : first + ROWS]
-            rows[inside] = ((1 - TINT) * rows[inside] + TINT * colour).round().astype(np.uint8)
-        pixels[_outline(mask, width)] = colour
-    drawn = Image.fromarray(pixels)
-    del pixels
+    for first in range(0, image.height, ROWS):
+        pixels = np.array(drawn.crop((0, first, image.width, min(first + ROWS, image.height))))
+        above = min(first, width)  # what an outline needs to see of its neighbours
+        for number, mask in enumerate(masks):
+            colour = np.array(COLOURS[number % len(COLOURS)], np.float32)
+            inside = mask[first : first + ROWS]
+            pixels[inside] = ((1 - TINT) * pixels[inside] + TINT * colour).round().astype(np.uint8)
+            edge = _outline(mask[first - above : first + ROWS + width], width)
+            pixels[edge[above : above + len(pixels)]] = colour
+        drawn.paste(Image.fromarray(pixels), (0, first))
     draw, size = ImageDraw.Draw(drawn), max(12, round(min(image.size) / 25))
     font = ImageFont.load_default(size)
     for number, (mask, caption) in enumerate(zip(masks, captions, strict=True)):

@@ -1,5 +1,8 @@
 """Bad input ends with exit code 2 and one clear line; flags come from settings and recipes."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +11,7 @@ from feature_store import Fingerprint, Row, create
 from pipelines import evaluate, extract_features, extract_teacher, outputs, predict, train_episodic
 from pipelines.cli import main, parse
 from pipelines.recipes import RECIPES
+from tests.conftest import ROOT
 
 
 def mistake(capsys, module, *arguments):
@@ -194,3 +198,11 @@ def test_relative_weight_files_are_found_by_workers_in_folders_of_their_own(tmp_
     settings = parse(extract_teacher.Settings, ["--recipe", "tiny", *weights])
     assert settings.teaching.teacher_weights == str(tmp_path / "sam.pth")
     assert settings.backbone.encoder_weights == "hf:someone/net"
+
+
+def test_help_may_be_cut_short_by_its_reader():
+    line = [sys.executable, "-m", "pipelines.evaluate", "--help"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        command.stdout.close()
+        assert command.stderr.read() == b""
+    assert command.returncode == 0
