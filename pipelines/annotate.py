@@ -30,7 +30,7 @@ from fsdino.errors import UserError, reachable
 from pipelines import checkpoints, cluster, extraction
 from pipelines.checks import Count, Output, Place, Range, TrackingUri, Weights
 from pipelines.cli import main
-from pipelines.examples import Examples, check_names, read_classes, registered
+from pipelines.examples import Examples, named_classes, registered
 from pipelines.recipes import Backbone, Extraction
 from pipelines.runs import About, Input
 
@@ -78,14 +78,9 @@ class Settings:
 def job(settings: Settings) -> dict[str, Any]:
     """Check everything, then annotate what is missing, shard after shard."""
     of = settings.work
-    if of.refresh and not settings.keep_features:
-        raise UserError(
-            "--refresh: computes features again, of which none are kept; changed photographs are seen anyway"
-        )
-    wanted = read_classes(settings.classes, settings.mask_value)
-    if not wanted:
-        raise UserError("--class: expected at least one class, got none")
-    check_names([one.name for one in wanted])
+    if of.refresh:
+        raise UserError("--refresh: leave it out; photographs that have changed are annotated again anyway")
+    wanted = named_classes(settings.classes, settings.mask_value)
     record = checkpoints.read_record(checkpoints.chosen(settings.checkpoint), "segmenter")
     rows = [Row(image_id, PLAIN, source) for image_id, source in photographs(settings.images).items()]
     from pipelines import annotation
@@ -118,7 +113,8 @@ def job(settings: Settings) -> dict[str, Any]:
     if settings.keep_features:
         some = rows[: len(asked) * plan.shard_images]
         weights = record["late"]["weights"]
-        kept = annotation.features(backbone, weights, some, name, settings.store, of, settings.tracking_uri)
+        listed = Input(name, checkpoints.short_digest([row.sample_id for row in some]), settings.images, "test", {})
+        kept = annotation.features(backbone, weights, some, listed, settings.store, of, settings.tracking_uri)
     operators = AnnotationJob(
         checkpoint=settings.checkpoint,
         encoder_weights=settings.encoder_weights,

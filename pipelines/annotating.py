@@ -22,14 +22,14 @@ from feature_store.urls import redacted
 from pipelines import checkpoints, cluster, heap
 from pipelines.outcome import Outcome
 from pipelines.outputs import coco_record, parts
-from pipelines.stages import Loaded
+from pipelines.stages import Loaded, known_rows
 from pipelines.stored import channels_first
 
 if TYPE_CHECKING:
     from fsdino.predictor import ClassEncoding
 
 MARKER = ".json"  # part-000042.json says that part-000042.parquet and part-000042.coco.json are whole
-MOST_PARTS = 10_000  # annotations of one image whose numbers tell it
+MOST_PARTS = 10_000  # of one image; an annotation's id is MOST_PARTS times the image's, and its number there
 SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
@@ -155,8 +155,9 @@ class Segment:
         if self.job.stores is None:
             features = map(self._encoded, _chunks(batch["pixels"][0], self.job.forward_batch))
         else:
-            loaded, sizes, rows = self._known(loaded, *self.job.stores)
-            features = map(self._stored, _chunks(rows, self.job.forward_batch))
+            rows, bad = known_rows(loaded.unit.rows, *self.job.stores)
+            loaded, sizes = loaded._replace(bad=bad), self.job.stores[0].sizes[rows]
+            features = map(self._stored, _chunks(np.array(rows), self.job.forward_batch))
         logits, presence = [], []
         for late, embedding in features:
             for of_image in predictor.find(late, embedding, self.job.classes):
@@ -181,16 +182,6 @@ class Segment:
         with torch.inference_mode():
             late, early = (channels_first(store, rows.tolist(), predictor.device) for store in self.job.stores)
             return late, predictor.segmenter.embed(early)
-
-    def _known(self, loaded: Loaded, late: FeatureStore, early: FeatureStore) -> tuple[Loaded, np.ndarray, np.ndarray]:
-        """The shard with what its stores know of it, its photographs' sizes, and its rows there."""
-        rows = late.samples.find([row.sample_id for row in loaded.unit.rows], [row.view for row in loaded.unit.rows])
-        known = np.array([row for row in rows if row is not None])
-        assert len(known) == len(rows)
-        quarantined = late.quarantined | early.quarantined
-        reasons = {slot: quarantined.get(row[:2]) for slot, row in enumerate(loaded.unit.rows)}
-        bad = {slot: reason for slot, reason in reasons.items() if reason is not None}
-        return loaded._replace(bad=bad), late.sizes[known], known
 
 
 class Write:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +24,7 @@ from feature_store.storage import Folder, open_folder
 from feature_store.urls import redacted_text
 from fsdino.data.photographs import file_stamps
 from fsdino.errors import UserError
-from pipelines import annotating, checkpoints, cluster, extraction, ray_messages, stores
+from pipelines import annotating, cluster, extraction, ray_messages, stores
 from pipelines.annotating import AnnotationJob, WrittenShard
 from pipelines.networks import EncoderPlan
 from pipelines.outbox import Outbox
@@ -102,14 +102,15 @@ def check_identity(folder: Folder, identity: Mapping[str, Any]) -> None:
 
 
 def features(
-    backbone: Backbone, weights: str, rows: Sequence[Row], name: str, store: str, of: Extraction, tracking_uri: str
+    backbone: Backbone, weights: str, rows: Sequence[Row], listed: Input, store: str, of: Extraction, tracking_uri: str
 ) -> tuple[FeatureStore, FeatureStore]:
-    """Stores of late and early features of the photographs, computed as far as they are not there."""
+    """Stores of late and early features of the photographs, computed as far as they are not there, or are of
+    photographs that have changed since."""
     prints = [stores.encoded_fingerprint(backbone, f, backbone.res, weights, of.precision, of.dtype) for f in FEATURES]
-    targets = [extraction.Target(stores.place(store, name, kept), kept, rows) for kept in prints]
+    targets = [extraction.Target(stores.place(store, listed.name, kept), kept, rows) for kept in prints]
     read = Decode(backbone.view_seed, of.on_bad_image)
-    inputs = (Input(name, checkpoints.short_digest([row.sample_id for row in rows]), name, "test", {}),)
-    extraction.extract(EncoderPlan(backbone, weights), read, targets, of, tracking_uri, name, inputs)
+    fresh, network = replace(of, refresh=True), EncoderPlan(backbone, weights)
+    extraction.extract(network, read, targets, fresh, tracking_uri, listed.name, (listed,))
     late, early = (FeatureStore(target.url) for target in targets)
     return late, early
 
@@ -143,6 +144,7 @@ def annotate(
             for shard in _run(plan, job, todo, res_px, of):
                 progress.add(shard.images + len(shard.bad))
                 images, bad = images + shard.images + len(shard.bad), bad | shard.bad
+                progress.log_lost(run)
                 times.append((time.perf_counter() - started, images))
                 if times[-1][0] > told + extraction.TOLD_EVERY_SECONDS:
                     told = times[-1][0]

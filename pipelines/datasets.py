@@ -26,6 +26,7 @@ from pipelines.runs import Input
 
 T = TypeVar("T")
 TOLD = 20
+OF_SCORING = ("scored_at", "align_corners", "scores_void")  # rules that flags may override
 FOLDERS = ("JPEGImages", "SegmentationClassAug", "images", "masks", "train2014", "val2014", "train2017", "val2017")
 
 
@@ -73,11 +74,7 @@ def dataset_of(places: Places) -> Dataset:
 def rules_of(benchmark: Benchmark, dataset: Dataset) -> Protocol:
     """The protocol for a data set, single rules overridden by flags."""
     rules = protocol_of(benchmark.protocol).of(dataset)
-    given = {
-        name: value
-        for name in ("scored_at", "align_corners", "scores_void")
-        if (value := getattr(benchmark, name)) is not None
-    }
+    given = {name: value for name in OF_SCORING if (value := getattr(benchmark, name)) is not None}
     if benchmark.pairs is not None:  # what is listed stands in the lists
         given |= {"min_pixels": 0, "listed_on_grid": False, "drops_novel": False, "draws_any_pixel": False}
     return replace(rules, **given)

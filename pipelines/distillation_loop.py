@@ -56,7 +56,7 @@ def loop(job: DistillationJob, worker: training.Worker) -> None:
         if reached is None:
             return
         state = reached
-        training.save_state(worker.rank, {"stage": state["stage"], "step": 0}, **state)
+        training.save_state(worker, {"stage": state["stage"], "step": 0}, **state)
     distiller.adapter.load_state_dict(state["adapter"])
     distiller.finish(state["results"])
 
@@ -114,17 +114,18 @@ class Distiller:
                     best, best_mse = self.weights(), mse
                 r2 = 1 - best_mse / constant
             if keeps:
-                training.check_finite(done, losses, self.adapter)
+                training.check_weights(done, self.adapter)
                 self.checkpoint()  # a checkpoint must not be ahead of the curves that lead to it
                 kept: dict[str, Any] = {"adapter": self.adapter.state_dict(), "optimiser": optimiser.state_dict()}
                 kept |= {"stage": stage, "step": done, "results": state["results"], "best": best, "best_mse": best_mse}
-                training.save_state(worker.rank, {"stage": stage, "step": done}, **kept)
+                training.save_state(worker, {"stage": stage, "step": done}, **kept)
                 checkpointed = time.monotonic()
                 if stop:
                     return None
         (ridge_r2,) = training.from_rank_0(lambda: (self.ridge_r2(store),))
         self.log(steps, steps, res, ridge_r2=ridge_r2)
-        training.check_finite(steps, {"val_mse": best_mse}, self.adapter)
+        training.check_numbers(steps, {"val_mse": best_mse})
+        training.check_weights(steps, self.adapter)
         self.checkpoint()
         result = {"res_px": res, "steps": steps, "val_mse": best_mse, "val_r2": r2, "ridge_r2": ridge_r2}
         return {"stage": stage + 1, "step": 0, "results": [*state["results"], result], "adapter": best}

@@ -152,10 +152,10 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         if done % FLUSH_EVERY == 0:
             fed_by = {"waiting_share": feeding.share(), "cache_hit_share": loader.hit_share()}
             worker.meter.tell(**fed_by)
-        if run and done % FLUSH_EVERY == 0:
-            run.log(done, **fed_by)
-            run.measure_machine(done)
-            run.flush()
+            if run:
+                run.log(done, **fed_by)
+                run.measure_machine(done)
+                run.flush()
         if run and done % max(1, steps // PANELS) == 0:
             with tracking.optional(run, "the picture of training"):
                 picture = draw_panel(published, loader, job.sampler, worker.device)
@@ -169,16 +169,16 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
                 weights = {key: value.detach().cpu().clone() for key, value in published.state_dict().items()}
                 best = {"miou": miou, "step": done, "weights": weights}
         if keeps:
-            training.check_finite(done, losses, segmenter)
+            training.check_weights(done, segmenter)
             if run:  # a checkpoint must not be ahead of the curves that lead to it
                 run.checkpoint()
             kept = {"segmenter": segmenter.state_dict(), "optimiser": optimiser.state_dict(), "seconds": clock.total()}
             kept |= {"best": best, "averaged": None if averaged is None else averaged.state_dict()}
-            training.save_state(worker.rank, {"step": done, **losses}, step=done, **kept)
+            training.save_state(worker, {"step": done, **losses}, step=done, **kept)
             checkpointed = time.monotonic()
             if stop:
                 return
-    training.check_finite(steps, losses, published)
+    training.check_weights(steps, published)
     if run:
         result: dict[str, Any] = {
             "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
@@ -192,7 +192,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
         run.folder(final, "segmenter")
         if job.validation is not None:
             run.folder(f"{worker.folder}/best", "best")
-        presence = fitted(published, loader, job, worker)
+        presence = fitted(published, checker, job, worker)
         run.log(steps, **presence)
         result |= presence
         run.keep("FINISHED")
@@ -200,7 +200,7 @@ def loop(job: EpisodicJob, worker: training.Worker) -> None:
             result |= {"best_step": best["step"], "best_val_miou": round(best["miou"], 6)}
             chosen = build_segmenter(job).to(worker.device)
             chosen.load_state_dict(best["weights"])
-            of_best = result | fitted(chosen, loader, job, worker)
+            of_best = result | fitted(chosen, checker, job, worker)
             publish_best(job, chosen, of_best, f"{worker.folder}/best", run.run_id)
         with tempfile.TemporaryDirectory() as folder:
             published.save(folder, **job.origin, training=result, commit=tracking.commit(), run_id=run.run_id)
@@ -249,7 +249,7 @@ def train_step(
 
     Whatever the split, the gradient is that of the whole batch: BCE is over its pixels, counted over all workers.
     """
-    pixels = worker.mean(torch.stack([part.scored_pixels() for part in parts]).mean())
+    pixels = training.mean_over_ranks(torch.stack([part.scored_pixels() for part in parts]).mean().to(worker.device))
     optimiser.zero_grad(set_to_none=True)
     total: dict[str, Tensor] = {}
     for number, part in enumerate(parts, start=1):
@@ -291,21 +291,17 @@ def fitted(segmenter: Segmenter, loader: EpisodeLoader, job: EpisodicJob, worker
     if job.lacking is None:
         return {}
     count, size = job.episodic.presence_episodes, job.episodic.batch // job.episodic.accumulate
-    first = job.steps * job.episodic.batch  # behind those that trained
-    spread = max(1, len(job.lacking) // count)
-    episodes = {
-        "present": [job.sampler.episode(first + i).plain() for i in range(count)],
-        "absent": [job.sampler.absent(i * spread, job.lacking).plain() for i in range(count)],
-    }
+    first = job.steps * job.episodic.batch  # after those that trained
+    episodes = presence_fit.episodes(job.sampler, job.lacking, first, count)
     segmenter.eval()
     with worker.autocast():
-        seen = {
-            name: presence_fit.seen(
+        present, absent = (
+            presence_fit.seen(
                 segmenter, loader.ahead(of[at : at + size] for at in range(0, count, size)), worker.device
             )
-            for name, of in episodes.items()
-        }
-    return presence_fit.fit(segmenter, seen["present"], seen["absent"])
+            for of in episodes
+        )
+    return presence_fit.fit(segmenter, present, absent)
 
 
 def publish_best(job: EpisodicJob, best: Segmenter, result: dict[str, Any], url: str, run_id: str) -> None:

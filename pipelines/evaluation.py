@@ -1,12 +1,15 @@
 """A seed of an evaluation: run, written, then logged with pictures and a table of the episodes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from pipelines import scoring, tracking, video_scoring
+from fsdino.data.protocols import protocol_of
+from pipelines import datasets, scoring, tracking, video_scoring
+from pipelines.recipes import departures
 from pipelines.runs import About, ScoreFile, flat
 from pipelines.scoring_plan import ScoringPlan
 
@@ -69,7 +72,7 @@ def _logged(
     parent: str | None,
     run_id: str | None = None,
     tags: dict[str, str] | None = None,
-) -> Any:
+) -> AbstractContextManager[tracking.Run]:
     """The MLflow run of a score."""
     about = About(
         pipeline="evaluate",
@@ -88,10 +91,14 @@ def _logged(
 
 
 def _test(plan: ScoringPlan, scores: ScoreFile) -> str:
-    """What kind of test it is, in a word."""
+    """What kind of test it is, in words; whatever makes another kind of score of a model has one."""
     words = ["absent"] if plan.lacking is not None else []
     words += [f"{plan.ways}way"] if plan.ways > 1 else []
     words += ["vote"] if plan.vote and scores.identity["shots"] > 1 else []
+    words += ["masks-kept"] if scores.identity.get("empties") is False else []
+    words += ["pairs"] if scores.identity["lists"][1] else []
+    own = protocol_of(plan.rules.name).of(plan.dataset)
+    words += departures(replace(own, **{name: getattr(plan.rules, name) for name in datasets.OF_SCORING}), own)
     return "-".join([f"{scores.identity['shots']}shot", plan.rules.name, *words])
 
 

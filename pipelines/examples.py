@@ -105,13 +105,22 @@ def name_of(file: str, shown: str = "") -> str:
     from safetensors import SafetensorError, safe_open
 
     if not Path(file).is_file():
-        raise UserError(f"--class {file}: expected PHOTOGRAPH=MASK behind the name, or a class file")
+        raise UserError(f"--class {file}: expected PHOTOGRAPH=MASK after the name, or a class file")
     try:
         with safe_open(file, "np") as opened:
             return json.loads((opened.metadata() or {})["class"])["name"]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         line = f"--class {shown or file}: expected a class file, got another ({first_line(error)}); register it again"
         raise UserError(line) from None
+
+
+def named_classes(classes: Sequence[Sequence[str]], mask_value: int | None) -> list[Examples]:
+    """As `read_classes`; raises UserError as well for none, and for names that cannot be told apart."""
+    wanted = read_classes(classes, mask_value)
+    if not wanted:
+        raise UserError("--class: expected at least one class, got none")
+    check_names([one.name for one in wanted])
+    return wanted
 
 
 def check_names(names: Sequence[str]) -> None:

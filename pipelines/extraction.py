@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -32,6 +32,9 @@ from pipelines.outbox import Outbox
 from pipelines.recipes import Extraction, Photographs, Places
 from pipelines.runs import About, Input
 from pipelines.stages import Extract, Item, Read, Unit, Written
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Run
 
 IMAGES_PER_ITEM = 32
 NOTES_SHOWN = 5
@@ -194,9 +197,7 @@ def extract(
             with closing(Progress(computed, settings)) as progress, cluster.watched(progress.lose):
                 for unit in run_units(network, read, builds, items, settings) if items else ():
                     progress.add(unit.images)
-                    if progress.lost:
-                        run.log(progress.bar.n, lost_nodes=len(progress.lost))
-                        run.file("\n".join(progress.lost).encode(), "lost.txt")
+                    progress.log_lost(run)
                     written += unit.bytes
                     bad |= unit.bad
                     notes += unit.notes
@@ -357,6 +358,12 @@ class Progress:
             f"note: {line}; {done}, what that node was at is computed again on others, as often as need be",
             file=sys.stderr,
         )
+
+    def log_lost(self, run: "Run") -> None:
+        """Tell MLflow of the nodes that were lost, if any."""
+        if self.lost:
+            run.log(self.bar.n, lost_nodes=len(self.lost))
+            run.file("\n".join(self.lost).encode(), "lost.txt")
 
     def add(self, images: int) -> None:
         """A unit of that many images is written."""

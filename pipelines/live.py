@@ -47,7 +47,7 @@ class LiveEncoder:
         self._kept: OrderedDict[tuple[str, int], dict[str, np.ndarray]] = OrderedDict()
 
     def rows(self, name: str, wanted: list[tuple[str, int]]) -> np.ndarray:
-        """One kind of features of images under their views."""
+        """One kind of features (n, g, g, c) of images under their views."""
         missing = [key for key in dict.fromkeys(wanted) if key not in self._kept]
         for at in range(0, len(missing), BATCH):
             self._compute(missing[at : at + BATCH])
@@ -76,7 +76,7 @@ def _last(features: Tensor) -> np.ndarray:
 
 
 def blank(encoder: Encoder, res_px: int) -> Tensor:
-    """A black image as the encoder's input."""
+    """A black image as the encoder's input, (1, 3, res_px, res_px) float on the CPU."""
     return to_input(np.zeros((1, res_px, res_px, 3), np.uint8), encoder.mean, encoder.std)
 
 

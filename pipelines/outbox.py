@@ -49,12 +49,10 @@ class Outbox:
         """What a run could not send; nothing if there is no file of it, or a damaged one."""
         try:
             record: dict[str, Any] = json.loads(bytes(open_folder(self.folder).read(self._file(run_id))))
-            kept = record.get("files", record.get("pictures", {}))  # a release before had no other files
-            files = {name: base64.b64decode(data) for name, data in kept.items()}
+            files = {name: base64.b64decode(data) for name, data in record["files"].items()}
             points: list[Point] = [(name, value, time, step) for name, value, time, step in record["points"]]
-            series = [(name, step, base64.b64decode(data)) for name, step, data in record.get("series", [])]
-            trained_by = record.get("trained_by", "")
-            return Unsent(run_id, points, files, series, record["folders"], trained_by, record["status"])
+            series = [(name, step, base64.b64decode(data)) for name, step, data in record["series"]]
+            return Unsent(run_id, points, files, series, record["folders"], record["trained_by"], record["status"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return Unsent(run_id)
 

@@ -4,7 +4,8 @@ Half of the queries show the class and half do not. A class's scores come from a
 does the threshold: the largest that costs at most LOSS of mIoU.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from fsdino import paper
+from fsdino.data.episodes import Episode, EpisodeSampler
+from fsdino.data.views import PLAIN
 from fsdino.episodic import EpisodeBatch, segment_batch
 from fsdino.presence import evidence
 from fsdino.segmenter import Segmenter
 
 PARTS = 4  # of the classes, each left out once
-LOSS = 0.0075
+LOSS = 0.0075  # mIoU in [0, 1]
 WEIGHT = 1e-2  # of the regression's penalty on large weights
 
 
@@ -30,6 +33,19 @@ class Seen(NamedTuple):
     """(n,)."""
     counts: np.ndarray
     """(n, 3): pixels of the intersection of mask and truth, of their union, and of the truth."""
+
+
+def episodes(
+    sampler: EpisodeSampler, lacking: Mapping[str, Sequence[int]], first: int, count: int
+) -> tuple[list[Episode], list[Episode]]:
+    """Training episodes from the index `first` on whose query shows the class, and as many whose query lacks it (see
+    `EpisodeSampler.lacking`); all alike seen as they are, so that nothing else tells them apart."""
+    showing, views = sampler.with_absent(0.0, {}), (PLAIN,) * (1 + sampler.shots)
+    spread = max(1, len(lacking) // count)
+    return (
+        [replace(showing.episode(first + i).plain(), views=views) for i in range(count)],
+        [replace(sampler.absent(i * spread, lacking), views=views) for i in range(count)],
+    )
 
 
 @torch.inference_mode()
@@ -112,7 +128,7 @@ class Regression:
 
 
 def miou(episodes: Seen, kept: np.ndarray) -> float:
-    """Of episodes whose masks are kept or emptied."""
+    """mIoU in [0, 1] of episodes whose masks are emptied where `kept` (n,) is False."""
     found = []
     for class_id in np.unique(episodes.classes):
         of = episodes.classes == class_id

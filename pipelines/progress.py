@@ -26,7 +26,7 @@ class Progress:
         self._at: tuple[str, int, int | None] = ("starting workers", 0, None)
         self._outcome: Outcome[None] = Outcome()
         self._notes: list[str] = []
-        self._losses: list[str] = []
+        self._lost: list[str] = []
         self._stopping = False
 
     def stop(self) -> None:
@@ -54,14 +54,14 @@ class Progress:
         fetched, self._notes = self._notes, []
         return fetched
 
-    def lost(self, text: str) -> None:
+    def lose(self, text: str) -> None:
         """Keep what was lost, for the user and for the workers that come next."""
-        self._losses.append(text)
+        self._lost.append(text)
         self._notes.append(text)
 
-    def losses(self) -> list[str]:
+    def lost(self) -> list[str]:
         """All that was lost so far."""
-        return self._losses
+        return self._lost
 
     def end(self, outcome: Outcome[None]) -> None:
         """Keep the error of a worker."""

@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw
 
 import fsdino
 from feature_store.storage import open_folder
-from fsdino.errors import UserError, first_line
-from fsdino.weights import weights_digest
+from fsdino.errors import first_line
+from fsdino.weights import check_digest
 from pipelines import tracking
 
 REQUIRED = (
@@ -61,12 +61,7 @@ def _register(uri: str, run_id: str, checkpoint: str, record: Mapping[str, Any],
     for known in client.search_model_versions(f"run_id = '{run_id}'"):
         if known.name == name:  # a kill came before the run could keep it
             return f"{name}/{known.version}"
-    digest = weights_digest(backbone["encoder"], backbone["encoder_weights"])
-    if digest != record["late"]["weights"]:
-        raise UserError(
-            f"{backbone['encoder']}: expected the weights {record['late']['weights']} that computed its features, got "
-            f"{digest}; name the right file with --encoder-weights"
-        )
+    check_digest(backbone["encoder"], backbone["encoder_weights"], record["late"]["weights"])
     tags = {
         "dataset": dataset,
         "fold": "none" if record["fold"] is None else record["fold"],

@@ -10,7 +10,7 @@ from ray.train import UserCallback
 from fsdino.errors import first_line
 
 
-class TellLosses(UserCallback):
+class TellLost(UserCallback):
     """Tells the progress actor of each failure of workers, and how many restarts are left of those allowed."""
 
     def __init__(self, progress: Any, allowed: int):
@@ -19,7 +19,7 @@ class TellLosses(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """See UserCallback: rank to error."""
         self.failures += 1
-        self.progress.lost.remote(failure(worker_exceptions, self.allowed - self.failures))
+        self.progress.lose.remote(failure(worker_exceptions, self.allowed - self.failures))
 
 
 def failure(errors: dict[int, Exception], left: int) -> str:

@@ -99,11 +99,11 @@ class RunFolder:
         begun = self.begun()
         if begun is None or not self.published:
             return None
-        if not begun.get("closed"):  # a kill or a dead server came between the checkpoint and the end
+        if not begun["closed"]:  # a kill or a dead server came between the checkpoint and the end
             from pipelines import tracking
 
             if tracking.close(tracking_uri, begun["run_id"], self.outbox):
-                self.write(begun["run_id"], closed=True, registered=begun.get("registered"))
+                self.write(begun["run_id"], closed=True, registered=begun["registered"])
         return checkpoints.read_record(self.final, self.checkpoint)
 
     def begun(self) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
-"""Several commands in a row, in one process on one Ray, under one progress bar; what is done is skipped by each.
+"""Several commands in a row, in one process on one Ray, under one progress bar.
 
-A rerun after a kill resumes: a finished command only reports, an interrupted one resumes by itself.
+A rerun after a kill resumes: a finished step just prints its result, an interrupted one resumes by itself.
 """
 
 import importlib
@@ -40,8 +40,8 @@ class Study(Recipe):
     methods: tuple[Method, ...] = ("prototype", "two-prototype", "nearest", "matching")
     """Baselines without training to score beside them."""
     table: Literal[1, 2, 3, 4] | None = None
-    """Run what a table of the paper needs, whatever the flags above say: 1 and 2, all folds, 1- and 5-shot; 3, the
-    models on FSS-1000 and DAVIS-17; 4, the parts of the method on all folds."""
+    """Run what a table of the paper needs: 1 and 2, both variants on all folds, 1- and 5-shot; 3, the models on
+    FSS-1000 and DAVIS-17, 1-shot; 4, the parts of the method on all folds, without baselines. Overrides these flags."""
     ablate: bool = False
     """Instead of variants and methods: the recipe's model with one switch at a time at the paper's value, 1-shot; the
     table says what each switch is worth."""
@@ -231,7 +231,7 @@ def score_title(name: str, fold: int, shots: int) -> str:
 
 @contextmanager
 def _into(log: TextIO, bar: tqdm) -> Iterator[None]:
-    """Output of the block goes to the log; the last line of a progress bar in it also behind the overall bar."""
+    """Output of the block goes to the log; the last line of a progress bar in it also after the overall bar."""
     with redirect_stdout(log), redirect_stderr(_Tail(log, bar)):
         yield
     log.flush()

@@ -24,7 +24,7 @@ from fsdino.errors import Fault, UserError, first_line
 from pipelines import checkpoints, cluster
 from pipelines.checks import Count, Few, Place, Range, Weights
 from pipelines.cli import main
-from pipelines.examples import Examples, check_names, read_classes
+from pipelines.examples import Examples, named_classes
 from pipelines.recipes import Backbone
 
 if TYPE_CHECKING:
@@ -92,10 +92,7 @@ def job(settings: Settings) -> dict[str, Any]:
 
 def checked_classes(settings: Settings) -> list[Examples]:
     """The classes that the flags name, their examples read. Raises UserError for settings that make no service."""
-    wanted = read_classes(settings.classes, settings.mask_value)
-    if not wanted:
-        raise UserError("--class: expected at least one class, got none")
-    check_names([one.name for one in wanted])
+    wanted = named_classes(settings.classes, settings.mask_value)
     most = settings.most_replicas
     if most is not None and most < settings.replicas:
         raise UserError(f"--most-replicas {most}: expected at least --replicas {settings.replicas}")

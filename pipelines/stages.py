@@ -152,6 +152,16 @@ class Decode:
         return [found.get(row.source, "") for row in rows]
 
 
+def known_rows(rows: Sequence[Row], *stores: FeatureStore) -> tuple[list[int], dict[int, str]]:
+    """Where rows lie in stores that have them all, in the same order; and by position which of them are quarantined in
+    one of these, and why."""
+    found = stores[0].samples.find([row.sample_id for row in rows], [row.view for row in rows])
+    known = [row for row in found if row is not None]
+    assert len(known) == len(rows)
+    reasons = {slot: reason for slot, row in enumerate(rows) for s in stores if (reason := s.quarantined.get(row[:2]))}
+    return known, reasons
+
+
 class ReadStored:
     """Task: stored features in the place of pixels; quarantined samples stay so."""
 
@@ -165,13 +175,8 @@ class ReadStored:
     def _read(self, units: Sequence[Unit]) -> Iterator[dict[str, Any]]:
         store = _opened(self.url, self.fingerprint)
         for unit in units:
-            found = store.samples.find([row.sample_id for row in unit.rows], [row.view for row in unit.rows])
-            rows = [row for row in found if row is not None]
-            assert len(rows) == len(unit.rows)
-            reasons = {slot: store.quarantined.get(row[:2]) for slot, row in enumerate(unit.rows)}
-            bad = {slot: reason for slot, reason in reasons.items() if reason is not None}
-            sizes = store.sizes[rows]
-            yield _loaded(unit, bad, np.nan_to_num(store.read(rows)), sizes, [])
+            rows, bad = known_rows(unit.rows, store)
+            yield _loaded(unit, bad, np.nan_to_num(store.read(rows)), store.sizes[rows], [])
 
     def readable(self, row: Row) -> bool:
         """See Read."""

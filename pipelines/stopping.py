@@ -65,7 +65,7 @@ def graceful() -> Iterator[None]:
         _asked.append(number)
         if len(_asked) > 1:
             raise Stopped(number)
-        text = "stopping: the next steps are saved first; press again to stop at once"
+        text = "stopping: saving the training first; a second signal stops at once"
         print(text, file=sys.__stderr__, flush=True)  # the terminal's, also where a study keeps a log
 
     _asked.clear()

@@ -8,7 +8,7 @@ from fsdino.config import SegmenterConfig
 from fsdino.data.folds import in_words
 from fsdino.errors import UserError
 from fsdino.specs import check_layer
-from fsdino.weights import weights_digest
+from fsdino.weights import check_digest, weights_digest
 from pipelines import checkpoints, stores
 from pipelines.recipes import Backbone, model_run, model_title
 from pipelines.scoring_plan import MethodPlan
@@ -59,7 +59,7 @@ def _segmenter(settings: "Settings", dataset: str) -> Subject:
     trained_on, backbone = Fingerprint.of_record(record["late"]), Backbone(**record["backbone"])
     if late is None:
         backbone = replace(backbone, encoder_weights=settings.backbone.encoder_weights or backbone.encoder_weights)
-        check_encoder(backbone, trained_on.weights)
+        check_digest(backbone.encoder, backbone.encoder_weights, trained_on.weights)
         check_layer(record)
         fingerprint = stores.encoded_fingerprint(backbone, "late", backbone.res, trained_on.weights)
     else:
@@ -152,13 +152,3 @@ def _baseline(settings: "Settings", dataset: str) -> Subject:
 def _family(dataset: str) -> str:
     """Data sets of the same classes in the same folds."""
     return dataset.removesuffix("-2017") if dataset.startswith("coco-20i") else dataset
-
-
-def check_encoder(backbone: Backbone, digest: str) -> None:
-    """Raise UserError if the encoder's weights are not those of that digest."""
-    here = weights_digest(backbone.encoder, backbone.encoder_weights)
-    if here != digest:
-        raise UserError(
-            f"{backbone.encoder}: expected the weights {digest} that the checkpoint was trained on, got {here}; name "
-            "the right file with --encoder-weights"
-        )

@@ -150,8 +150,8 @@ class Run:
         if self._said:
             self.keep()
 
-    def end(self, status: str = "FINISHED") -> bool:
-        """Send the rest and say how the run ended. Whether all was sent."""
+    def end(self, status: str = "FINISHED") -> None:
+        """Send the rest and say how the run ended."""
         kept = self.outbox.waiting() if self.outbox else []
         if self.outbox and self.run_id in kept and not self.unsent:  # a worker's
             self.unsent = self.outbox.read(self.run_id)
@@ -159,17 +159,19 @@ class Run:
         self.flush(at_once=True)
         if self.outbox and (self.unsent or self.run_id in kept):
             self.outbox.write(self.unsent)
-        return not self.unsent
 
     def _send(self) -> None:
-        unsent, ends = self.unsent, bool(self.unsent.status)
+        unsent = self.unsent
         while unsent.points:
             batch = unsent.points[:METRIC_LIMIT]
             self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
             del unsent.points[: len(batch)]
         if unsent.status:
             self.client.set_terminated(self.run_id, unsent.status)
-            unsent.status = ""
+            if unsent.trained_by:
+                tag_models(self.client, unsent.trained_by)
+                unsent.trained_by = ""
+            unsent.status = ""  # last, as it is what is kept until all of it is done
         with tempfile.TemporaryDirectory() as folder:
             for name, data in list(unsent.files.items()):
                 path = Path(folder) / Path(name).name
@@ -188,9 +190,6 @@ class Run:
                     (Path(folder) / file).write_bytes(published.read(file))
                 self.client.log_artifacts(self.run_id, folder, name)
             del unsent.folders[name]
-        if ends and unsent.trained_by:
-            tag_models(self.client, unsent.trained_by)
-            unsent.trained_by = ""
 
 
 def _png(image: Image.Image) -> bytes:
@@ -237,7 +236,7 @@ def deliver(tracking_uri: str, outbox: Outbox) -> bool:
             if not _knows(client(tracking_uri), run_id):
                 continue
             run = Run(tracking_uri, run_id, outbox)
-        except (MlflowException, Fault, UserError) as error:
+        except (MlflowException, UserError) as error:
             note(
                 f"MLflow at {redacted(tracking_uri)} still lacks data of a run ({first_line(error)}); rerun to send it"
             )
@@ -258,7 +257,7 @@ def close(tracking_uri: str, run_id: str, outbox: Outbox) -> bool:
         known = client(tracking_uri)
         if _knows(known, run_id) and known.get_run(run_id).info.status != "FINISHED":
             known.set_terminated(run_id, "FINISHED")
-    except (MlflowException, Fault) as error:
+    except (MlflowException, UserError) as error:
         note(f"MLflow at {redacted(tracking_uri)} cannot be told that the run ended ({first_line(error)})")
         return False
     return True
@@ -301,13 +300,13 @@ _clients_lock = threading.Lock()
 
 
 def tag_models(server: MlflowClient, trained_by: str) -> None:
-    """Write the scores of a training run's tests on the models that were registered of it: means, where several seeds
-    have them."""
+    """Write the scores of a training run's tests on the models that were registered of it: the newest of each test,
+    means where several seeds have them."""
     versions = server.search_model_versions(f"run_id = '{trained_by}'")
     experiments = server.search_experiments(filter_string="name LIKE 'evaluate/%'") if versions else []
     ids = [experiment.experiment_id for experiment in experiments]
     found = server.search_runs(ids, f"tags.{TRAINED_BY} = '{trained_by}' AND status = 'FINISHED'") if ids else []
-    for run in found:
+    for run in reversed(found):  # from the oldest on
         if mlflow_tags.MLFLOW_PARENT_RUN_ID in run.data.tags or TEST not in run.data.tags:
             continue
         for measure in set(TAGGED) & run.data.metrics.keys():
@@ -330,8 +329,6 @@ def runs(tracking_uri: str, pipeline: str) -> list[dict[str, Any]]:
     server = client(tracking_uri)
     with _answering(tracking_uri):
         known = list(server.search_experiments(filter_string=f"name LIKE '{pipeline}/%'"))
-        earlier = server.get_experiment_by_name(pipeline)  # as a release before called it
-        known += [] if earlier is None else [earlier]
     listed: list[Any] = []
     token: str | None = "" if known else None
     while token is not None:
@@ -405,7 +402,7 @@ def _begin(tracking_uri: str, about: About, run_id: str | None, outbox: Outbox |
 
 
 def _log_inputs(server: MlflowClient, run_id: str, inputs: list[DatasetInput]) -> None:
-    """Again where a run beside this one was quicker: MLflow looks whether a data set is there, and then adds it."""
+    """Retried if a concurrent run adds the same data set between MLflow's look-up and its insert."""
     for attempt in range(10):
         try:
             return server.log_inputs(run_id, inputs)

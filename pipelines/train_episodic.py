@@ -6,7 +6,7 @@
 
 Each step takes episodes that depend on (seed, fold, index) alone, reads their cached features, and trains everything
 but encoder and adapter with Dice + BCE on prior and final mask. A killed run resumes from its last checkpoint.
-Cost: the paper trains 100 epochs on one A6000; README has the offline recipe's time per step on two cores.
+Cost: the paper trains 100 epochs on one A6000; docs/benchmarks/training.md has the time per step.
 """
 
 import sys

@@ -33,7 +33,7 @@ from pipelines.outbox import Outbox
 from pipelines.outcome import EXPECTED, ClusterFault, Outcome
 from pipelines.progress import Progress, shown
 from pipelines.recipes import Device, Places, Workers
-from pipelines.restarts import TellLosses
+from pipelines.restarts import TellLost
 from pipelines.runs import RunFolder
 
 GATHER_EVERY = 10  # steps whose losses stay on the device, and between looks at requests to stop
@@ -54,7 +54,7 @@ class Worker:
     run: tracking.Run | None
     """MLflow's run; rank 0 alone logs."""
     meter: TrainingMeter = field(default_factory=lambda: TrainingMeter("", 0))
-    losses: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     """What was lost before this worker was started, as rank 0 knows it."""
 
     def report(self, title: str, done: int, total: int) -> None:
@@ -72,14 +72,6 @@ class Worker:
 
         stop, due = from_rank_0(asked)
         return bool(stop), bool(due)
-
-    def mean(self, value: Tensor) -> Tensor:
-        """A number's mean over all workers, on this one's device; every worker must call it."""
-        value = value.to(self.device)
-        if self.world > 1:
-            torch.distributed.all_reduce(value)
-            value /= self.world
-        return value
 
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast if the settings ask for it."""
@@ -171,11 +163,11 @@ def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
             storage_filesystem=storage_filesystem,
             failure_config=FailureConfig(max_failures=task.workers.worker_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=task.workers.checkpoints_kept),
-            callbacks=[TellLosses(task.progress, task.workers.worker_failures)],  # type: ignore[list-item]
+            callbacks=[TellLost(task.progress, task.workers.worker_failures)],  # type: ignore[list-item]
         ),
     )
     progress = task.progress
-    with shown(progress), cluster.watched(lambda line: progress.lost.remote(line)):
+    with shown(progress), cluster.watched(lambda line: progress.lose.remote(line)):
         try:
             with cluster.faults():
                 _in_a_thread(trainer.fit)
@@ -183,7 +175,7 @@ def _fit(run_folder: RunFolder, task: "Task", scaling: ScalingConfig) -> None:
             raise
         except Exception as error:
             ray.get(progress.outcome.remote()).get()
-            _raise_fault(error)
+            _raise_fault(error, run_folder.url)
             raise
         _lasting(ray.get(progress.outcome.remote())).get()
 
@@ -207,16 +199,23 @@ def _in_a_thread(work: Callable[[], object]) -> None:
         raise error
 
 
-def _raise_fault(error: Exception) -> None:
-    """Raise ClusterFault if Ray lost its workers (killed, out of memory, a dead node) or its controller; errors of our
-    own code in a worker are none."""
+def _raise_fault(error: Exception, url: str) -> None:
+    """Raise ClusterFault if Ray lost its workers (killed, out of memory, a dead node) or its controller, StoreFault if
+    the controller could not write to the run's folder; errors of our own code in a worker are neither."""
     if isinstance(error, WorkerGroupError):
         causes = [getattr(failure, "base_exception", failure) for failure in error.worker_failures.values()]
         lost = [cause for cause in causes if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)]
         if lost:
             raise ClusterFault(lost[0]) from error
     if isinstance(error, ControllerError):
+        if isinstance(error.controller_failure, OSError):
+            raise _unwritten(url, error.controller_failure) from error
         raise ClusterFault(error.controller_failure) from error
+
+
+def _unwritten(url: str, error: OSError) -> StoreFault:
+    """A run's folder that fails."""
+    return StoreFault(f"{url}: {first_line(error)}; fix this and rerun to resume")
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ def _storage(folder: str) -> tuple[str, Any]:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """In a worker: seed, threads and device, then the loop. An expected error is told to the driver.
+    """In a worker: the loop, whose expected error is told to the driver.
 
     A place that failed is tried again with new workers; any other expected error would only repeat.
     """
@@ -272,7 +271,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _loop(task: Task, context: Any) -> None:
-    """The task's loop in this worker."""
+    """In a worker: seed, threads and device, then the task's loop."""
     heap.keep_freed_memory()
     torch.manual_seed(task.workers.seed)
     # Ray sets OMP_NUM_THREADS from whole CPUs before torch is loaded; this also covers fractions.
@@ -288,7 +287,7 @@ def _loop(task: Task, context: Any) -> None:
         progress=task.progress,
         run=_run(task) if rank == 0 else None,
         meter=TrainingMeter(task.folder.rstrip("/").rsplit("/", 1)[-1], rank),
-        losses=tuple(ray.get(task.progress.losses.remote())) if rank == 0 else (),
+        lost=tuple(ray.get(task.progress.lost.remote())) if rank == 0 else (),
     )
     task.loop(task.job, worker)
 
@@ -309,20 +308,25 @@ def _run(task: Task) -> tracking.Run:
     return run
 
 
-def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
-    """Numbers of every rank's share of a batch, averaged; every rank must call it."""
-    stacked = torch.stack([value.detach().float() for value in values.values()])
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Numbers of every rank's share of a batch, averaged, in place; every rank must call it."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(stacked)
-        stacked /= torch.distributed.get_world_size()
-    return dict(zip(values, stacked.tolist(), strict=True))
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values
 
 
-def check_finite(step: int, losses: dict[str, float], model: nn.Module | None = None) -> None:
-    """Raise Fault if a loss, or a weight that is about to be kept, is not a number: nothing later can be trusted."""
-    wrong = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
-    if model is not None:
-        wrong += [f"{name} is not finite" for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+def check_numbers(step: int, numbers: dict[str, float]) -> None:
+    """Raise Fault if a loss is not a number: nothing later can be trusted."""
+    _check_finite(step, [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)])
+
+
+def check_weights(step: int, model: nn.Module) -> None:
+    """Raise Fault if a weight that is about to be kept is not a number."""
+    _check_finite(step, [f"{name} is not finite" for name, p in model.named_parameters() if not p.isfinite().all()])
+
+
+def _check_finite(step: int, wrong: list[str]) -> None:
     if wrong:
         raise Fault(
             f"training diverged at step {step} ({wrong[0]}); the last checkpoint before it is kept, nothing is "
@@ -345,11 +349,12 @@ class Losses:
         if not self._steps:
             return []
         flat = {f"{step} {name}": loss for step, losses in self._steps for name, loss in losses.items()}
-        means = mean_over_ranks(flat)
+        stacked = torch.stack([loss.detach().float() for loss in flat.values()])
+        means = dict(zip(flat, mean_over_ranks(stacked).tolist(), strict=True))
         found = [(step, {name: means[f"{step} {name}"] for name in losses}) for step, losses in self._steps]
         self._steps = []
         for step, of_step in found:
-            check_finite(step, of_step)
+            check_numbers(step, of_step)
         return found
 
 
@@ -405,14 +410,18 @@ def worker_batches(first: int, steps: int, batch: int, rank: int, world: int) ->
         yield range(step * batch + rank * share, step * batch + (rank + 1) * share)
 
 
-def save_state(rank: int, metrics: dict[str, float], **state: Any) -> None:
-    """Report a checkpoint of tensors and numbers from rank 0; every rank must call it."""
+def save_state(worker: Worker, metrics: dict[str, float], **state: Any) -> None:
+    """Report a checkpoint of tensors and numbers from rank 0; every rank must call it. Raises StoreFault if the run's
+    folder fails."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
-        if rank == 0:
+        if worker.rank == 0:
             torch.save(state, Path(folder) / "state.pt")
             checkpoint = Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
+        try:
+            ray.train.report(metrics, checkpoint=checkpoint)
+        except OSError as error:
+            raise _unwritten(worker.folder, error) from None
 
 
 def load_state(worker: Worker) -> dict[str, Any] | None:
@@ -421,11 +430,11 @@ def load_state(worker: Worker) -> dict[str, Any] | None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
-    if worker.run and worker.losses:
+    if worker.run and worker.lost:
         step = state["step"] if state else 0
         stage = f" of stage {state['stage'] + 1}" if state and "stage" in state else ""
-        where = f"goes on behind step {step}{stage}, its last checkpoint" if state else "starts anew"
+        where = f"resumes after step {step}{stage}, its last checkpoint" if state else "starts anew"
         worker.progress.note.remote(f"{worker.world} workers are back; the training {where}")
-        worker.run.log(step, losses_of_workers=len(worker.losses))
-        worker.run.file("\n".join(worker.losses).encode(), "lost.txt")
+        worker.run.log(step, losses_of_workers=len(worker.lost))
+        worker.run.file("\n".join(worker.lost).encode(), "lost.txt")
     return state

@@ -147,10 +147,11 @@ def test_only_shards_without_a_marker_are_written_again_and_equal_the_first(anno
 
 
 @pytest.mark.slow
-def test_shards_of_photographs_that_changed_are_written_again_and_no_others(setup, photos, tmp_path, capsys):
+@pytest.mark.parametrize("kept", [[], ["--keep-features"]])
+def test_shards_of_photographs_that_changed_are_written_again_and_no_others(setup, photos, tmp_path, capsys, kept):
     own, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(photos / "day0", own)
-    line = ["--images", own, "--shard-images", 4, "--to", out]
+    line = ["--images", own, "--shard-images", 4, "--to", out, *kept, "--store", tmp_path / "stores"]
     run("annotate", *setup, *line)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     last = sorted(own.iterdir())[-1]

@@ -214,9 +214,7 @@ def test_a_training_that_loses_a_node_says_so_and_ends_at_the_same_loss(whole_ru
     assert result_of(done)["loss"] == pytest.approx(calm["loss"], rel=1e-5)
     assert re.search(r"note: .* node \S+ \(.*\) with 2 CPU lost", done.stderr)
     assert re.search(r"note: .* workers? [\d, ]+ lost \(.*\); 2 restarts left", done.stderr), done.stderr[-3000:]
-    assert re.search(
-        r"note: 2 workers are back; the training goes on behind step \d+, its last checkpoint", done.stderr
-    )
+    assert re.search(r"note: 2 workers are back; the training resumes after step \d+, its last checkpoint", done.stderr)
     assert "core_worker" not in done.stderr
     client, runs = runs_of("train/shapes")
     (run,) = [r for r in runs if r.data.tags["mlflow.runName"] == "lossy"]

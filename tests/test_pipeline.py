@@ -250,7 +250,7 @@ def test_predict_finds_several_classes_of_examples_and_files_in_a_folder(whole_r
     read = COCO(str(tmp_path / "out" / "annotations.json"))
     assert [i["file_name"] for i in read.loadImgs(read.getImgIds())] == list(masks)
     for wrong, said in (
-        (["--class", "disc"], "--class disc: expected PHOTOGRAPH=MASK behind the name, or a class file"),
+        (["--class", "disc"], "--class disc: expected PHOTOGRAPH=MASK after the name, or a class file"),
         (["--class", disc, str(of_disc[0])], "expected PHOTOGRAPH=MASK"),
         (["--class", file, "--support", of_disc[0]], "--class: names its own supports"),
         (["--class", of_disc[1]], "expected a class file, got another"),

@@ -15,6 +15,7 @@ from fsdino.presence import OF_GROUP, OF_MASK, Presence, evidence, lag
 from fsdino.segmenter import Prediction, Segmenter
 from pipelines import presence_fit
 from pipelines.presence_fit import LOSS, Regression, Seen, fit
+from tests.test_episodes import CLASSES, sampler
 
 GROUPS, GRID = (5, 3), 4
 SHAPE = SegmenterShape(6, 8, GRID, 32, GROUPS)
@@ -129,3 +130,13 @@ def test_a_class_lags_by_four_times_its_log_odds_behind_the_most_probable():
     expected = 4 * torch.tensor([[0.0, math.log(9), math.log(36)], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(lag(odds / (1 + odds)), expected, rtol=1e-4, atol=1e-4)
     assert torch.isfinite(lag(torch.tensor([0.0, 1.0]))).all()
+
+
+def test_episodes_that_show_the_class_and_that_do_not_differ_in_nothing_else():
+    training = sampler(training=True, flip=True, num_views=3)
+    lacking = training.lacking({i: dict.fromkeys(classes, 9) for i, classes in CLASSES.items()})
+    present, absent = presence_fit.episodes(training.with_absent(0.5, lacking), lacking, 100, 60)
+    assert len(present) == len(absent) == 60
+    assert all(one.class_id in CLASSES[one.query] for one in present)
+    assert all(one.class_id not in CLASSES[one.query] for one in absent)
+    assert {(*one.views, *one.flips) for one in (*present, *absent)} == {(*[0] * 4, *[False] * 4)}

@@ -149,6 +149,43 @@ def test_a_new_database_may_be_opened_by_several_processes_at_once(tmp_path):
         assert process.returncode == 0, error[-2000:]
 
 
+def tested(uri, trained_by, miou, tmp_path):
+    """The end of a run that scored a model."""
+    of = About("evaluate", "shapes", "a test", {}, tags={tracking.TEST: "shapes 1-shot"}, trained_by=trained_by)
+    with tracking.running(uri, of, outbox=Outbox(str(tmp_path / "scores"))) as run:
+        run.log(0, miou=miou)
+
+
+@pytest.fixture
+def versioned(tmp_path):
+    """A database with a training run and a version of its model; a function that reads the version's tags."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with tracking.running(uri, about("train", "a training")) as run:
+        run.log(0, loss=1.0)
+    client = tracking.client(uri)
+    client.create_registered_model("model")
+    client.create_model_version("model", str(tmp_path), run_id=run.run_id)
+    return uri, run.run_id, lambda: client.get_model_version("model", "1").tags
+
+
+def test_a_model_carries_the_newest_score_of_a_test(versioned, tmp_path):
+    uri, trained_by, tags = versioned
+    for miou in (0.4, 0.6, 0.5):
+        tested(uri, trained_by, miou, tmp_path)
+        assert tags() == {"miou shapes 1-shot": f"{miou:.4f}"}
+
+
+def test_a_score_that_a_model_could_not_be_given_is_given_by_a_rerun(versioned, tmp_path, monkeypatch, capsys):
+    uri, trained_by, tags = versioned
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "tag_models", lambda *_: (_ for _ in ()).throw(MlflowException("busy")))
+        tested(uri, trained_by, 0.4, tmp_path)
+    assert "a rerun of the command sends what is missing" in capsys.readouterr().err and tags() == {}
+    outbox = Outbox(str(tmp_path / "scores"))
+    assert len(outbox.waiting()) == 1 and tracking.deliver(uri, outbox) and not outbox.waiting()
+    assert tags() == {"miou shapes 1-shot": "0.4000"}
+
+
 def train(places, name, *more):
     return run("train_episodic", *flags(places), "--fold", FOLD, "--name", name, *more)
 
