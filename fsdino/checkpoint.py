@@ -80,4 +80,6 @@ def _absent(folder: str | Path, file: Path) -> UserError:
 
 
 def _damaged(folder: str | Path, error: Exception | str) -> UserError:
-    return UserError(f"{folder}: expected a whole checkpoint, got a damaged one ({error}); write it again")
+    return UserError(
+        f"{folder}: expected a whole checkpoint, got a damaged one ({error}); remove it and rerun what wrote it"
+    )

@@ -86,6 +86,8 @@ class Tracking:
             check_writable(flag, os.path.dirname(path))
             if os.path.isdir(path):
                 raise UserError(f"{flag} {value}: expected a database file, got a folder")
+            if {"?", "%"} & set(path):  # SQLAlchemy takes what follows for options, or for another letter
+                raise UserError(f"{flag} {value}: expected a path without ? and %; name the file otherwise")
             return f"sqlite:///{path}"
         scheme = urlsplit(value).scheme
         if scheme not in TRACKING_SCHEMES or not urlsplit(value).netloc:

@@ -2,10 +2,12 @@
 
 import base64
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from feature_store.storage import open_folder
+from feature_store.urls import is_url
 
 Point = tuple[str, float, int, int]
 """A metric: name, value, time in milliseconds, step."""
@@ -52,7 +54,11 @@ class Outbox:
             files = {name: base64.b64decode(data) for name, data in record["files"].items()}
             points: list[Point] = [(name, value, time, step) for name, value, time, step in record["points"]]
             series = [(name, step, base64.b64decode(data)) for name, step, data in record["series"]]
-            return Unsent(run_id, points, files, series, record["folders"], record["trained_by"], record["status"])
+            folders = {
+                name: url if is_url(url) or os.path.isabs(url) else f"{self.folder}/{url}"
+                for name, url in record["folders"].items()
+            }
+            return Unsent(run_id, points, files, series, folders, record["trained_by"], record["status"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return Unsent(run_id)
 
@@ -65,7 +71,8 @@ class Outbox:
         files = {name: base64.b64encode(data).decode() for name, data in unsent.files.items()}
         series = [(name, step, base64.b64encode(data).decode()) for name, step, data in unsent.series]
         record = {"points": unsent.points, "files": files, "series": series}
-        record |= {"folders": unsent.folders, "trained_by": unsent.trained_by, "status": unsent.status}
+        inside = {name: url.removeprefix(f"{self.folder}/") for name, url in unsent.folders.items()}  # it may be moved
+        record |= {"folders": inside, "trained_by": unsent.trained_by, "status": unsent.status}
         folder.write(self._file(unsent.run_id), [json.dumps(record).encode()])
 
     def _file(self, run_id: str) -> str:

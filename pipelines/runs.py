@@ -156,7 +156,10 @@ class ScoreFile:
             from pipelines import tracking
 
             tracking.deliver(tracking_uri, self.outbox)
-        return json.loads(bytes(open_folder(self.folder).read(self.file)))["result"]
+        try:
+            return json.loads(bytes(open_folder(self.folder).read(self.file)))["result"]
+        except (ValueError, KeyError):
+            return None  # damaged: scored again
 
     def begun(self) -> str | None:
         """MLflow's run of a score of several seeds that was interrupted."""

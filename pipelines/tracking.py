@@ -8,13 +8,14 @@ import logging
 import os
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.utils import mlflow_tags
 from PIL import Image
+from sqlalchemy.exc import SQLAlchemyError
 
 from feature_store.errors import StoreError
 from feature_store.storage import open_folder
@@ -58,7 +60,7 @@ TAGGED = ("miou", "fb_iou", "empty", "j_and_f")
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens it as one of language models
 PROFILE_LIMIT = 60000
 NOT_IN_NAMES = re.compile(r"[^/\w.\- :]")
-"""What MLflow takes in no metric's name."""
+"""What MLflow takes in no name of a metric or tag."""
 
 
 def note(text: str) -> None:
@@ -186,7 +188,10 @@ class Run:
         for name, url in list(unsent.folders.items()):
             with tempfile.TemporaryDirectory() as folder:
                 published = open_folder(url)
-                for file in published.names(""):
+                names = published.names("")
+                if not names:
+                    raise StoreError(f"{url}: expected a checkpoint, found none")
+                for file in names:
                     (Path(folder) / file).write_bytes(published.read(file))
                 self.client.log_artifacts(self.run_id, folder, name)
             del unsent.folders[name]
@@ -273,10 +278,13 @@ def client(tracking_uri: str) -> MlflowClient:
         if uri not in _clients:
             try:
                 with _turn(uri):
+                    if uri.startswith("sqlite:///"):  # MLflow would try ten times
+                        with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as file:
+                            file.execute("PRAGMA schema_version")
                     made = MlflowClient(uri)
                     if uri.startswith("sqlite:"):
                         made.search_experiments(max_results=1)
-            except (MlflowException, OSError) as error:
+            except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
                 raise UserError(
                     f"--tracking-uri {redacted(tracking_uri)}: cannot be opened: {first_line(error)}"
                 ) from None
@@ -310,7 +318,8 @@ def tag_models(server: MlflowClient, trained_by: str) -> None:
         if mlflow_tags.MLFLOW_PARENT_RUN_ID in run.data.tags or TEST not in run.data.tags:
             continue
         for measure in set(TAGGED) & run.data.metrics.keys():
-            key, value = f"{measure} {run.data.tags[TEST]}", f"{run.data.metrics[measure]:.4f}"
+            key = NOT_IN_NAMES.sub("_", f"{measure} {run.data.tags[TEST]}")
+            value = f"{run.data.metrics[measure]:.4f}"
             for version in versions:
                 server.set_model_version_tag(version.name, version.version, key, value)
 

@@ -9,6 +9,7 @@ but encoder and adapter with Dice + BCE on prior and final mask. A killed run re
 Cost: the paper trains 100 epochs on one A6000; docs/benchmarks/training.md has the time per step.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -78,14 +79,18 @@ class Settings:
     folds, -fold{FOLD} is added."""
 
 
+NOT_OF_MODELS = re.compile(r"""[/:.%"']""")
+"""What MLflow takes in no model's name."""
 Plan = tuple[RunFolder, "Callable[[], EpisodicJob]"]
 """A run, and what reads the first weights and makes its job."""
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """Check switches, stores, fold and adapter, then train on Ray Train; a finished run just prints its result."""
-    if {"/", ":"} & set(settings.model_name):
-        raise UserError(f"--model-name {settings.model_name}: expected a name without / and :")
+    if NOT_OF_MODELS.search(settings.model_name):
+        raise UserError(f"--model-name {settings.model_name}: expected a name without / : . % and quotes")
+    if "/" in settings.name or settings.name in (".", "..", "scores"):
+        raise UserError(f"--name {settings.name}: expected the name of a folder of its own, without /")
     settings.model.check()
     if settings.fold == "all":
         from pipelines import all_folds
@@ -242,9 +247,9 @@ def registered(settings: Settings, fold: int | None, run: RunFolder, record: dic
     """The version of the registered model that the run became, NAME/VERSION; unless --no-register, it is made first."""
     begun = run.begun()
     assert begun is not None
-    known = begun.get("registered")
+    known = begun["registered"]
     own = _of_fold(settings, settings.model_name, fold)
-    name = own or (known or f"fsdino-{run.dataset}-{fold_title(fold)}").split("/")[0]
+    name = own or (known or f"fsdino-{NOT_OF_MODELS.sub('-', run.dataset)}-{fold_title(fold)}").split("/")[0]
     if settings.register and (known is None or known.split("/")[0] != name):
         from pipelines import registry
 
@@ -334,7 +339,7 @@ def title(settings: Settings, fold: int | None) -> str:
         words.append(f"seed-{settings.workers.seed}")
     if settings.device.train_precision != recipe.device.train_precision:
         words.append(settings.device.train_precision)
-    return "-".join([model_run(fold, settings.model, settings.recipe), *words])
+    return "-".join([model_run(fold, settings.model, settings.recipe), *words]).replace("/", "-")
 
 
 if __name__ == "__main__":

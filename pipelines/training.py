@@ -1,9 +1,12 @@
 """Ray Train: a training loop on any number of workers, its checkpoints and resuming, the schedule, the run's record."""
 
+import json
 import math
+import pickle
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +21,11 @@ from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import Tensor, nn
 
-from feature_store import StoreFault
+from feature_store import StoreError, StoreFault
 from feature_store.lock import locked
 from feature_store.storage import open_folder
 from feature_store.urls import absolute, filesystem, local_path
@@ -34,8 +38,9 @@ from pipelines.outcome import EXPECTED, ClusterFault, Outcome
 from pipelines.progress import Progress, shown
 from pipelines.recipes import Device, Places, Workers
 from pipelines.restarts import TellLost
-from pipelines.runs import RunFolder
+from pipelines.runs import RUN, RunFolder
 
+STATE = "state.pt"
 GATHER_EVERY = 10  # steps whose losses stay on the device, and between looks at requests to stop
 
 
@@ -97,6 +102,7 @@ def train(
     cluster.connect(resources(workers, device), what, fewer(device), needed(run_folder, places))
     with locked(open_folder(run_folder.url)) as lock:
         begun = run_folder.begun()
+        _check_checkpoints(run_folder.url, begun is not None)
         run_id = begun["run_id"] if begun else None
         with (
             tracking.running(places.tracking_uri, run_folder.about, run_id, run_folder.outbox) as run,
@@ -116,16 +122,34 @@ def train(
                 precision=device.train_precision,
                 progress=progress,
             )
-            _fit(
-                run_folder,
-                task,
-                ScalingConfig(num_workers=workers.workers, use_gpu=device.gpu, resources_per_worker=each),
-            )
+            scaling = ScalingConfig(num_workers=workers.workers, use_gpu=device.gpu, resources_per_worker=each)
+            try:
+                _fit(run_folder, task, scaling)
+            except ClusterFault:
+                stopping.check()  # a signal to the whole group of processes ends Ray as well
+                raise
             if not run_folder.published:
                 stopping.check()
         lock.check()
         run_folder.write(run.run_id, closed=not run.unsent)
     stopping.check()
+
+
+def _check_checkpoints(url: str, begun: bool) -> None:
+    """Raise StoreError for checkpoints that cannot be resumed: Ray's list of them is damaged, or nothing says of which
+    run they are."""
+    cure = "remove the folder, or choose another --out (or --name)"
+    try:
+        listed = open_folder(url).read(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    except FileNotFoundError:
+        return
+    if not begun:
+        raise StoreError(f"{url}: expected {RUN} beside the checkpoints of a run, found none; {cure}")
+    try:
+        json.loads(bytes(listed))
+    except ValueError:
+        name = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+        raise StoreError(f"{url}/{name}: expected Ray's list of checkpoints, got a damaged file; {cure}") from None
 
 
 def needed(run_folder: RunFolder, places: Places) -> cluster.Needs:
@@ -294,11 +318,15 @@ def _loop(task: Task, context: Any) -> None:
 
 @contextmanager
 def reachable_data() -> Iterator[None]:
-    """Failures of the operating system under the data as failures of a place, which another try may pass."""
+    """Failures of the operating system under the data as failures of a place, which another try may pass; memory that
+    does not suffice as a fault, which would only repeat."""
     try:
         yield
     except OSError as error:
         raise StoreFault(f"{error.filename or 'the data'}: {first_line(error)}; fix this and rerun to resume") from None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        told = first_line(error) or "of this machine"
+        raise Fault(f"a worker ran out of memory ({told}); raise --accumulate and rerun to resume") from None
 
 
 def _run(task: Task) -> tracking.Run:
@@ -416,7 +444,10 @@ def save_state(worker: Worker, metrics: dict[str, float], **state: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if worker.rank == 0:
-            torch.save(state, Path(folder) / "state.pt")
+            try:
+                torch.save(state, Path(folder) / STATE)
+            except RuntimeError as error:  # torch's own of a full disk
+                raise StoreFault(f"{folder}: {first_line(error)}; free some space there, or set TMPDIR") from None
             checkpoint = Checkpoint.from_directory(folder)
         try:
             ray.train.report(metrics, checkpoint=checkpoint)
@@ -429,7 +460,13 @@ def load_state(worker: Worker) -> dict[str, Any] | None:
     checkpoint, state = ray.train.get_checkpoint(), None
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+                raise StoreError(
+                    f"{checkpoint.path}/{STATE}: expected a training's state, got a damaged file "
+                    f"({first_line(error)}); remove the run's folder, or choose another --out (or --name)"
+                ) from None
     if worker.run and worker.lost:
         step = state["step"] if state else 0
         stage = f" of stage {state['stage'] + 1}" if state and "stage" in state else ""

@@ -206,3 +206,9 @@ def test_help_may_be_cut_short_by_its_reader():
         command.stdout.close()
         assert command.stderr.read() == b""
     assert command.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["a?b.db", "a%20b.db"])
+def test_a_database_whose_name_sqlalchemy_would_change(capsys, name):
+    line = mistake(capsys, evaluate, "--tracking-uri", f"sqlite:///{name}")
+    assert "expected a path without ? and %" in line

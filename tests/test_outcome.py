@@ -1,8 +1,12 @@
 """Ray's own breakdowns are one line; errors of our code stay what they are."""
 
+import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
+import ray.train
+import torch
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -10,6 +14,7 @@ from feature_store import StoreError, StoreFault
 from fsdino.errors import DataError, Fault, UserError
 from pipelines import training
 from pipelines.outcome import ClusterFault, Outcome
+from pipelines.runs import ScoreFile
 
 RUN = "s3://bucket/runs/fold1"
 
@@ -47,3 +52,41 @@ def test_expected_errors_cross_processes_as_what_they_are(error):
     with pytest.raises(type(error)) as caught:
         arrived.get()
     assert str(caught.value) == str(error)
+
+
+def test_memory_that_does_not_suffice_in_a_worker_is_a_fault():
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), MemoryError()):
+        with pytest.raises(Fault, match=r"ran out of memory \(.+\); raise --accumulate"), training.reachable_data():
+            raise error
+
+
+def test_checkpoints_of_nobody_knows_which_run_are_not_resumed(tmp_path):
+    training._check_checkpoints(str(tmp_path), begun=False)
+    listed = tmp_path / "checkpoint_manager_snapshot.json"
+    listed.write_text(json.dumps({"checkpoint_results": []}))
+    training._check_checkpoints(str(tmp_path), begun=True)
+    with pytest.raises(StoreError, match=r"expected run\.json beside the checkpoints of a run, found none"):
+        training._check_checkpoints(str(tmp_path), begun=False)
+    listed.write_text('{"checkpoint_res')
+    with pytest.raises(StoreError, match="Ray's list of checkpoints, got a damaged file"):
+        training._check_checkpoints(str(tmp_path), begun=True)
+
+
+@pytest.mark.parametrize("left", [0, 100, -30])
+def test_a_state_that_was_cut_is_named(tmp_path, monkeypatch, left):
+    torch.save({"step": 3, "weight": torch.ones(100)}, tmp_path / "state.pt")
+    whole = (tmp_path / "state.pt").read_bytes()
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: ray.train.Checkpoint(str(tmp_path)))
+    worker = SimpleNamespace(run=None, lost=())
+    assert training.load_state(worker)["step"] == 3
+    (tmp_path / "state.pt").write_bytes(whole[:left])
+    with pytest.raises(StoreError, match=r"state\.pt: expected a training's state, got a damaged file"):
+        training.load_state(worker)
+
+
+def test_a_score_that_was_cut_is_scored_again(tmp_path):
+    scores = ScoreFile(str(tmp_path), "4d", {"fold": 0, "shots": 1})
+    scores.write({"miou": 0.5})
+    assert scores.finished("sqlite:///none.db") == {"miou": 0.5}
+    (tmp_path / scores.file).write_bytes((tmp_path / scores.file).read_bytes()[:40])
+    assert scores.finished("sqlite:///none.db") is None

@@ -15,7 +15,7 @@ from feature_store.storage import open_folder
 from fsdino.errors import Fault, UserError
 from fsdino.segmenter import Segmenter
 from pipelines import tracking
-from pipelines.outbox import Outbox
+from pipelines.outbox import Outbox, Unsent
 from pipelines.runs import About
 from tests.conftest import FOLD, ROOT, TRAINED, flags, run
 from tests.servers import FaultProxy, free_port, mlflow_server
@@ -149,7 +149,37 @@ def test_a_new_database_may_be_opened_by_several_processes_at_once(tmp_path):
         assert process.returncode == 0, error[-2000:]
 
 
-def tested(uri, trained_by, miou, tmp_path):
+def test_a_checkpoint_of_a_run_that_was_moved_is_sent_from_where_it_is(tmp_path):
+    uri, first, moved = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "first", tmp_path / "moved"
+    (first / "final").mkdir(parents=True)
+    (first / "final" / "segmenter.json").write_text("{}")
+    with tracking.running(uri, about("train", "a training")) as run:
+        run.log(0, loss=1.0)
+    unsent = Unsent(run.run_id, folders={"segmenter": f"{first}/final"}, status="FINISHED")
+    Outbox(str(first)).write(unsent)
+    first.rename(moved)
+    (moved / "final").rename(tmp_path / "elsewhere")
+    outbox = Outbox(str(moved))
+    assert not tracking.deliver(uri, outbox) and outbox.waiting(), "a checkpoint that is not there was called sent"
+    (tmp_path / "elsewhere").rename(moved / "final")
+    assert tracking.deliver(uri, outbox) and not outbox.waiting()
+    assert [a.path for a in tracking.client(uri).list_artifacts(run.run_id, "segmenter")] == [
+        "segmenter/segmenter.json"
+    ]
+
+
+@pytest.mark.parametrize("address", ["sqlite:///{}/text.db", "postgresql://localhost:9/x", "mysql://localhost:9/x"])
+def test_a_database_that_cannot_be_opened_is_one_line_at_once(tmp_path, address):
+    (tmp_path / "text.db").write_text(
+        "no database, but a text that is long enough for a header of one hundred bytes" * 3
+    )
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"^--tracking-uri .*: cannot be opened: .+$"):
+        tracking.client(address.format(tmp_path))
+    assert time.monotonic() - started < 10
+
+
+def scored(uri, trained_by, miou, tmp_path):
     """The end of a run that scored a model."""
     of = About("evaluate", "shapes", "a test", {}, tags={tracking.TEST: "shapes 1-shot"}, trained_by=trained_by)
     with tracking.running(uri, of, outbox=Outbox(str(tmp_path / "scores"))) as run:
@@ -171,7 +201,7 @@ def versioned(tmp_path):
 def test_a_model_carries_the_newest_score_of_a_test(versioned, tmp_path):
     uri, trained_by, tags = versioned
     for miou in (0.4, 0.6, 0.5):
-        tested(uri, trained_by, miou, tmp_path)
+        scored(uri, trained_by, miou, tmp_path)
         assert tags() == {"miou shapes 1-shot": f"{miou:.4f}"}
 
 
@@ -179,7 +209,7 @@ def test_a_score_that_a_model_could_not_be_given_is_given_by_a_rerun(versioned, 
     uri, trained_by, tags = versioned
     with monkeypatch.context() as patch:
         patch.setattr(tracking, "tag_models", lambda *_: (_ for _ in ()).throw(MlflowException("busy")))
-        tested(uri, trained_by, 0.4, tmp_path)
+        scored(uri, trained_by, 0.4, tmp_path)
     assert "a rerun of the command sends what is missing" in capsys.readouterr().err and tags() == {}
     outbox = Outbox(str(tmp_path / "scores"))
     assert len(outbox.waiting()) == 1 and tracking.deliver(uri, outbox) and not outbox.waiting()

@@ -77,7 +77,7 @@ class EpisodeSampler:
         if not self.images:
             raise DataError(
                 f"{in_words(fold)}: expected images of its {'base' if training else 'novel'} classes, got none at all; "
-                "check lists and labels"
+                "check lists, labels, and whether objects are as large as the protocol asks"
             )
         if few:
             raise DataError(
