@@ -210,5 +210,5 @@ def test_help_may_be_cut_short_by_its_reader():
 
 @pytest.mark.parametrize("name", ["a?b.db", "a%20b.db"])
 def test_a_database_whose_name_sqlalchemy_would_change(capsys, name):
-    line = mistake(capsys, evaluate, "--tracking-uri", f"sqlite:///{name}")
+    line = mistake(capsys, evaluate, "--fold", 0, "--tracking-uri", f"sqlite:///{name}")
     assert "expected a path without ? and %" in line
