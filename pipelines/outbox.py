@@ -26,12 +26,12 @@ class Unsent:
     folders: dict[str, str] = field(default_factory=dict)
     """Name of the artifact to the URL of a published checkpoint."""
     trained_by: str = ""
-    """The run whose registered models get this one's scores, once it has ended."""
+    """The run whose registered models get this one's scores; empty until it has ended."""
     status: str = ""
     """FINISHED, FAILED or KILLED; empty while the run goes on."""
 
     def __bool__(self) -> bool:
-        return bool(self.points or self.files or self.series or self.folders or self.status)
+        return bool(self.points or self.files or self.series or self.folders or self.trained_by or self.status)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class Run:
         self.tracking_uri, self.run_id, self.outbox, self.say = tracking_uri, run_id, outbox, say
         self.client = client(tracking_uri)
         self.unsent = Unsent(run_id)
+        self.trained_by = ""
+        """The run whose registered models get this one's scores, once it has ended."""
         self._said, self._next_try = False, 0.0
         self._monitors: list[Any] = []
 
@@ -142,7 +144,7 @@ class Run:
         """Put all that has not been sent where a rerun finds it; with the `status` that the run will have before a
         result is published, so that neither can be lost without the other."""
         if status is not None:
-            self.unsent.status = status
+            self._end(status)
         if self.outbox:
             self.outbox.write(self.unsent)
 
@@ -157,10 +159,13 @@ class Run:
         kept = self.outbox.waiting() if self.outbox else []
         if self.outbox and self.run_id in kept and not self.unsent:  # a worker's
             self.unsent = self.outbox.read(self.run_id)
-        self.unsent.status = status
+        self._end(status)
         self.flush(at_once=True)
         if self.outbox and (self.unsent or self.run_id in kept):
             self.outbox.write(self.unsent)
+
+    def _end(self, status: str) -> None:
+        self.unsent.status, self.unsent.trained_by = status, self.trained_by
 
     def _send(self) -> None:
         unsent = self.unsent
@@ -170,10 +175,7 @@ class Run:
             del unsent.points[: len(batch)]
         if unsent.status:
             self.client.set_terminated(self.run_id, unsent.status)
-            if unsent.trained_by:
-                tag_models(self.client, unsent.trained_by)
-                unsent.trained_by = ""
-            unsent.status = ""  # last, as it is what is kept until all of it is done
+            unsent.status = ""
         with tempfile.TemporaryDirectory() as folder:
             for name, data in list(unsent.files.items()):
                 path = Path(folder) / Path(name).name
@@ -195,6 +197,9 @@ class Run:
                     (Path(folder) / file).write_bytes(published.read(file))
                 self.client.log_artifacts(self.run_id, folder, name)
             del unsent.folders[name]
+        if unsent.trained_by:
+            tag_models(self.client, unsent.trained_by)
+            unsent.trained_by = ""
 
 
 def _png(image: Image.Image) -> bytes:
@@ -210,7 +215,7 @@ def running(tracking_uri: str, about: About, run_id: str | None = None, outbox: 
     Raises Fault if the tracking server does not answer at the beginning, and UserError if it refuses.
     """
     run = _begin(tracking_uri, about, run_id, outbox)
-    run.unsent.trained_by = about.trained_by or ""
+    run.trained_by = about.trained_by or ""
     if outbox and run_id is None:
         deliver(tracking_uri, outbox)
     try:
