@@ -81,6 +81,8 @@ class Settings:
 
 NOT_OF_MODELS = re.compile(r"""[/:.%"']""")
 """What MLflow takes in no model's name."""
+NAME_BYTES = 180
+"""Of a run's name: file systems take 255, and the files of its scores add to it."""
 Plan = tuple[RunFolder, "Callable[[], EpisodicJob]"]
 """A run, and what reads the first weights and makes its job."""
 
@@ -91,6 +93,9 @@ def job(settings: Settings) -> dict[str, Any]:
         raise UserError(f"--model-name {settings.model_name}: expected a name without / : . % and quotes")
     if "/" in settings.name or settings.name in (".", "..", "scores"):
         raise UserError(f"--name {settings.name}: expected the name of a folder of its own, without /")
+    name = settings.name or title(settings, settings.fold if isinstance(settings.fold, int) else None)
+    if len(name.encode()) > NAME_BYTES:
+        raise UserError(f"{name}: expected a run's name of at most {NAME_BYTES} bytes; choose one with --name")
     settings.model.check()
     if settings.fold == "all":
         from pipelines import all_folds

@@ -160,6 +160,20 @@ def test_what_is_not_there_is_named(capsys, tmp_path, monkeypatch, shapes_root, 
     assert expected in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--name", "a" * 181], "at most 180 bytes"),
+        (["--name", "a/b"], "without /"),
+        (["--name", "scores"], "a folder of its own"),
+        (["--model-name", "a:b"], "--model-name a:b: expected a name without"),
+    ],
+)
+def test_names_that_no_disk_or_registry_takes_are_refused(capsys, shapes_root, arguments, expected):
+    code, line = said(capsys, "train_episodic", ["--recipe", "tiny", "--data", shapes_root, *arguments])
+    assert code == 2 and expected in line
+
+
 def test_recipes_are_within_their_own_ranges():
     from pipelines.checks import checked
 
